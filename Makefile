@@ -1,0 +1,46 @@
+# Two commands are all: `make demo` and `make test`. Each sets up .venv by itself, once.
+#
+# torch is installed before anything that depends on it, so that pip does not replace the build chosen here.
+# Another build: `make demo TORCH="torch==2.13.0 --index-url …"`, or put your own torch into .venv first.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint campaign test-gpu bench bench-gpu clean
+
+demo: $(READY)
+	$(BIN)/holdfast demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not gpu and not campaign"
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+campaign: $(READY)
+	$(BIN)/python -m pytest -m campaign --timeout 3600
+
+# On a GPU machine with torch >= 2.11 and no Ray: the interpreter that has CUDA runs the tests as it is.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+
+bench: $(READY)
+	for name in benchmarks/*.py; do $(BIN)/python $$name --quick || exit 1; done
+
+bench-gpu:
+	$(PYTHON) benchmarks/kernels.py --gpu --json
+
+$(READY): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable ".[test,dev]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: quantizers, compressed activations, KV store. Knows nothing of the rest."""
