@@ -1,0 +1,70 @@
+"""One callback for progress, metrics and incidents, and the named points where a rehearsal may break things.
+
+Whoever wants numbers subscribes; holdfast itself only emits. A subscriber that raises is logged and dropped, because a broken
+dashboard must not stop a training run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened: `name` like "snapshot.committed", with its numbers in `fields` (units ride in the names)."""
+
+    name: str
+    fields: Mapping[str, Any]
+    time_s: float = field(default_factory=time.time)
+
+
+Callback = Callable[[Event], None]
+_callbacks: list[Callback] = []
+
+
+def subscribe(callback: Callback) -> Callable[[], None]:
+    """Call `callback` for every event of this process from now on; returns the function that ends it."""
+    _callbacks.append(callback)
+
+    def unsubscribe() -> None:
+        if callback in _callbacks:
+            _callbacks.remove(callback)
+
+    return unsubscribe
+
+
+def emit(name: str, **fields: Any) -> None:
+    """Tell every subscriber; blocks for as long as they take."""
+    if not _callbacks:
+        return
+    event = Event(name, fields)
+    for callback in tuple(_callbacks):
+        try:
+            callback(event)
+        except Exception:
+            logger.exception("event callback %r failed on %s and was dropped", callback, name)
+            if callback in _callbacks:
+                _callbacks.remove(callback)
+
+
+# -- crash points ------------------------------------------------------------------------------------------------------
+
+_armed: Callable[[str], None] | None = None
+
+
+def crash_point(name: str) -> None:
+    """A named place in a protocol; free until `arm` has set a handler, which may then kill, delay or damage."""
+    if _armed is not None:
+        _armed(name)
+
+
+def arm(handler: Callable[[str], None] | None) -> None:
+    """Call `handler(name)` at every crash point of this process; None disarms."""
+    global _armed
+    _armed = handler
