@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.coding import crc32c, crc32c_combine
+from holdfast.coding import crc32c_blocks, crc32c_combine
 
 BLOCK_NBYTES = 32 << 10
 
@@ -20,8 +20,7 @@ Crcs = np.ndarray[Any, np.dtype[np.uint32]]
 
 def block_crcs(view: memoryview) -> Crcs:
     """CRC32C of every block of `view`; the last block may be shorter."""
-    starts = range(0, len(view), BLOCK_NBYTES)
-    return np.fromiter((crc32c(view[at : at + BLOCK_NBYTES]) for at in starts), np.uint32, len(starts))
+    return crc32c_blocks(view, BLOCK_NBYTES)
 
 
 def combine(crcs: Crcs, nbytes: int) -> int:
