@@ -285,7 +285,7 @@ class Keeper:
         table = FragmentTable.concat(meta.table for meta in metas.values())
         return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
 
-    def verb_spill(self, directory: str, step: int, index: int, payload: memoryview) -> Header:
+    def verb_spill(self, directory: str, step: int, index: int, layout: Header, payload: memoryview) -> Header:
         """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments."""
         slots = {slot.header.rank: slot for slot in self._of_step(step, index) if slot.header.rank >= 0}
 
@@ -293,7 +293,7 @@ class Keeper:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
 
         table = FragmentTable.from_bytes(payload)
-        written = spill.write_part(Path(directory), table, step, self.node, frozenset(slots), read)
+        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
         return {"nbytes": written}
 
     def verb_checkpointed(self, step: int) -> None:
