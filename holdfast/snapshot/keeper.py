@@ -90,6 +90,7 @@ class Keeper:
         self._coordinator: Coordinator | None = None
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
+        self._released = threading.Event()
         self._ending = False
         self._guard = _only_one(memory)
         self.slots: dict[str, Slot] = _adopt(memory)
@@ -669,10 +670,11 @@ class Keeper:
                 parent.rmdir()  # only when no other node or job is left in it
             except OSError:
                 break
+        self._released.set()
 
     def wait(self) -> None:
-        """Block until the keeper has been closed."""
-        self._closed.wait()
+        """Block until the keeper has been closed and everything it had to say is said."""
+        self._released.wait()
 
 
 class _Outbox:
