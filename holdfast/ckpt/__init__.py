@@ -1,14 +1,26 @@
 """The universal checkpoint: written at disk speed from any layout, read into any other, checked byte by byte."""
 
 from holdfast.ckpt.catalog import StepInfo, is_sound, latest, list_steps, open_checkpoint
+from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.reshard import LocalArray, Part, ReshardPlan, plan_reshard
+from holdfast.ckpt.restore import Restored, RestoredRank, restore
+from holdfast.ckpt.rules import Rule, Rules, load_rules
 from holdfast.ckpt.verify import Damage, VerifyReport
 from holdfast.ckpt.write import begin, commit, write_fragments
 
 __all__ = [
     "Checkpoint",
     "Damage",
+    "LocalArray",
+    "Mesh",
+    "Part",
+    "ReshardPlan",
+    "Restored",
+    "RestoredRank",
+    "Rule",
+    "Rules",
     "StepInfo",
     "VerifyReport",
     "WritePlan",
@@ -17,7 +29,10 @@ __all__ = [
     "is_sound",
     "latest",
     "list_steps",
+    "load_rules",
     "open_checkpoint",
+    "plan_reshard",
     "plan_write",
+    "restore",
     "write_fragments",
 ]

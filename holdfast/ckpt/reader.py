@@ -69,6 +69,12 @@ class Checkpoint:
     def nbytes(self) -> int:
         return self.record.nbytes
 
+    @property
+    def world(self) -> int | None:
+        """How many ranks saved, where the layout says so."""
+        world = self.layout.get("world")
+        return world if type(world) is int else None
+
     @cached_property
     def specs(self) -> dict[str, ArraySpec]:
         return {name: layout.spec for name, layout in self.layouts.items()}

@@ -1,0 +1,221 @@
+"""A checkpoint, cut for a mesh and written as files that a job can load at once.
+
+Reads are checked, memory is bounded, and the output directory appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from holdfast.arrays import ArraySpec, Box, Fragment, FragmentTable, split_rows
+from holdfast.ckpt.catalog import open_checkpoint
+from holdfast.ckpt.durable import check_room, disk_errors, sync_files
+from holdfast.ckpt.mesh import Mesh
+from holdfast.ckpt.plan import plan_write
+from holdfast.ckpt.reader import Checkpoint, Progress
+from holdfast.ckpt.reads import nbytes_read
+from holdfast.ckpt.reshard import LocalArray, ReshardPlan, plan_reshard
+from holdfast.ckpt.rules import Rules
+from holdfast.ckpt.safetensors import write_skeleton
+from holdfast.ckpt.stream import DEFAULT_MEMORY_NBYTES, Destination, check_memory, stream
+from holdfast.ckpt.write import begin, commit, write_fragments
+from holdfast.errors import ConfigError
+
+FORMATS = ("torch", "safetensors", "universal")
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredRank:
+    """What one rank of the mesh gets, and from which file it loads it."""
+
+    rank: int
+    file: str
+    arrays: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What a restore did, or would do."""
+
+    checkpoint: str
+    step: int
+    mesh: str
+    format: str
+    out: str
+    ranks: tuple[RestoredRank, ...]
+    nbytes: int
+    read_nbytes: int
+    memory_nbytes: int
+    dry_run: bool
+    seconds: float
+
+    @property
+    def read_amplification(self) -> float:
+        return self.read_nbytes / self.nbytes if self.nbytes else 1.0
+
+
+def restore(
+    path: str | Path | Checkpoint,
+    mesh: Mesh | str,
+    out: str | Path,
+    format: str = "torch",
+    *,
+    rules: Rules | None = None,
+    only: Callable[[str], bool] | None = None,
+    max_memory_nbytes: int = DEFAULT_MEMORY_NBYTES,
+    threads: int = 2,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Restored:
+    """`out` holds the checkpoint as `mesh` wants it; with `dry_run` only the numbers come back.
+
+    torch: `rank-00000.pt` …, for `torch.load(weights_only=True)`. safetensors: `rank-00000.safetensors` … (`model.safetensors`
+    for a mesh of one). universal: a checkpoint whose fragments are those of the mesh. `out` must be new or empty; after an
+    error it is as it was. `only(name)` picks arrays.
+    """
+    started_s = time.monotonic()
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} is not one of {', '.join(FORMATS)}")
+    check_memory(max_memory_nbytes)
+    mesh = mesh if isinstance(mesh, Mesh) else Mesh.parse(mesh)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    specs = {name: spec for name, spec in checkpoint.specs.items() if only is None or only(name)}
+    if not specs:
+        raise ConfigError(f"{checkpoint.path}: no array is left to restore")
+    plan = plan_reshard(specs, mesh, rules=rules, world=checkpoint.world)
+    out = Path(out)
+    if not dry_run:
+        with _fresh(out) as place:
+            check_room(out, sum(plan.rank_nbytes))
+            _WRITERS[format](checkpoint, plan, place, max_memory_nbytes, threads, progress)
+    return Restored(
+        checkpoint=str(checkpoint.path),
+        step=checkpoint.step,
+        mesh=str(mesh),
+        format=format,
+        out=str(out),
+        ranks=tuple(_rank_info(plan, format, rank, checkpoint.step) for rank in range(mesh.ranks)),
+        nbytes=sum(plan.rank_nbytes),
+        read_nbytes=_read_nbytes(checkpoint, plan),
+        memory_nbytes=min(max_memory_nbytes, sum(plan.rank_nbytes) * 2 + threads * (8 << 20)),
+        dry_run=dry_run,
+        seconds=time.monotonic() - started_s,
+    )
+
+
+@contextmanager
+def _fresh(out: Path) -> Iterator[Path]:
+    """A directory to fill that becomes `out` when all went well, and is removed when not."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: is there already and not empty; give a new directory")
+    place = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    with disk_errors("restoring to", place):
+        place.mkdir(parents=True)
+        try:
+            yield place
+            if out.exists():
+                out.rmdir()
+            os.rename(place, out)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+
+
+def _rank_info(plan: ReshardPlan, format: str, rank: int, step: int) -> RestoredRank:
+    file = f"step-{step:08d}" if format == "universal" else _file(format, rank, plan.mesh.ranks)
+    return RestoredRank(rank, file, len(plan.ranks[rank]), plan.rank_nbytes[rank])
+
+
+def _file(format: str, rank: int, ranks: int) -> str:
+    if format == "torch":
+        return f"rank-{rank:05d}.pt"
+    return "model.safetensors" if ranks == 1 else f"rank-{rank:05d}.safetensors"
+
+
+def _read_nbytes(checkpoint: Checkpoint, plan: ReshardPlan) -> int:
+    """Bytes asked of the disk, checksum blocks and sieves included."""
+    boxes = [(part.array, part.box) for rank in plan.ranks for local in rank for part in local.parts]
+    small = sum(len(checkpoint.small[name]) for name, _ in boxes if name in checkpoint.small)
+    return small + nbytes_read(checkpoint.plan(boxes))
+
+
+# -- one writer per format ---------------------------------------------------------------------------------------------
+
+
+def _write_torch(
+    checkpoint: Checkpoint, plan: ReshardPlan, out: Path, memory: int, threads: int, progress: Progress | None
+) -> None:
+    from holdfast.ckpt.torchfile import write_skeleton as write_torch_skeleton
+
+    for rank, locals_ in enumerate(plan.ranks):
+        path = out / _file("torch", rank, plan.mesh.ranks)
+        shapes = {local.name: checkpoint.specs[local.name].shape for local in locals_}
+        begins = write_torch_skeleton(path, checkpoint.step, locals_, shapes, objects_for(checkpoint, rank))
+        destinations = [Destination(local, path, begins[local.name]) for local in locals_ if local.nbytes]
+        stream(checkpoint, destinations, max_memory_nbytes=memory, threads=threads, progress=progress)
+    sync_files(out.iterdir())
+
+
+def _write_safetensors(
+    checkpoint: Checkpoint, plan: ReshardPlan, out: Path, memory: int, threads: int, progress: Progress | None
+) -> None:
+    for rank, locals_ in enumerate(plan.ranks):
+        path = out / _file("safetensors", rank, plan.mesh.ranks)
+        specs = [ArraySpec(local.name, local.dtype, local.shape) for local in locals_]
+        begins = write_skeleton(path, specs, {"format": "pt", "step": str(checkpoint.step), "mesh": str(plan.mesh)})
+        destinations = [Destination(local, path, begins[local.name]) for local in locals_ if local.nbytes]
+        stream(checkpoint, destinations, max_memory_nbytes=memory, threads=threads, progress=progress)
+    sync_files(out.iterdir())
+
+
+def _write_universal(
+    checkpoint: Checkpoint, plan: ReshardPlan, out: Path, memory: int, threads: int, progress: Progress | None
+) -> None:
+    """Each box once, by the first rank that wants it, in rows that fit the memory."""
+    rows: dict[tuple[str, Box], Fragment] = {}
+    for rank, locals_ in enumerate(plan.ranks):
+        for local in locals_:
+            for part in local.parts:
+                for box in split_rows(part.box, local.nbytes // max(1, _size(local)), memory // 16):
+                    rows.setdefault((part.array, box), _fragment(checkpoint.specs[part.array], box, rank))
+    for spec in checkpoint.specs.values():
+        if not spec.nbytes and any(local.name == spec.name for local in plan.ranks[0]):
+            rows.setdefault((spec.name, Box.whole(spec.shape)), _fragment(spec, Box.whole(spec.shape), 0))
+    layout = {**checkpoint.layout, "mesh": dict(plan.mesh.axes), "world": plan.mesh.ranks, "parent": checkpoint.step}
+    table = FragmentTable.from_rows(rows.values())
+    write = plan_write(table, step=checkpoint.step, layout=layout)
+    directory = begin(out, write, "restore")
+
+    def read(row: Fragment) -> memoryview:
+        data = memoryview(bytearray(row.nbytes))
+        checkpoint.read_box(row.array, row.box, data, threads=threads)
+        return data
+
+    write_fragments(directory, write, 0, table, read, threads=threads, progress=progress)
+    commit(out, directory, write, nodes=[0], objects={rank: objects_for(checkpoint, rank) for rank in range(plan.mesh.ranks)})
+
+
+def _size(local: LocalArray) -> int:
+    return Box.whole(local.shape).size
+
+
+def _fragment(spec: ArraySpec, box: Box, rank: int) -> Fragment:
+    nbytes = spec.nbytes // max(1, Box.whole(spec.shape).size) * box.size
+    return Fragment(spec.name, spec.dtype, spec.shape, box.offset, box.shape, rank, 0, nbytes)
+
+
+def objects_for(checkpoint: Checkpoint, rank: int) -> Mapping[str, str]:
+    """A rank's own objects, or the lowest rank's where the saved world was smaller."""
+    if rank in checkpoint.objects or not checkpoint.objects:
+        return checkpoint.objects.get(rank, {})
+    return checkpoint.objects[min(checkpoint.objects)]
+
+
+_WRITERS = {"torch": _write_torch, "safetensors": _write_safetensors, "universal": _write_universal}
