@@ -378,7 +378,7 @@ class _Stage:
         self._keepers_before = False
 
     def __enter__(self) -> _Stage:
-        from holdfast.snapshot import status
+        from holdfast.snapshot.cluster import status
 
         self._keepers_before = bool(status())
         self._show.start()
@@ -391,7 +391,7 @@ class _Stage:
         if self._keepers_before:
             self.say(f"other runs have keepers here: those of {self.name} stay too, until `holdfast down`")
         else:
-            from holdfast.snapshot import down
+            from holdfast.snapshot.cluster import down
 
             down()
 
@@ -431,7 +431,7 @@ class _Stage:
 
     def wait_for_commit(self, training: _Training, step: int) -> Any:
         """The job's status once `step` is committed and every keeper knows its trainers."""
-        from holdfast.snapshot import status
+        from holdfast.snapshot.cluster import status
 
         jobs: list[Any] = []
 
