@@ -67,7 +67,8 @@ def home(memory: Path) -> Path:
 
 def runtime_dir() -> Path:
     """Where this host keeps what belongs to the local Ray and to launches: small files, gone after `holdfast down`."""
-    return Path("/tmp") / f"holdfast-{os.getuid()}"
+    chosen = os.environ.get("HOLDFAST_RUNTIME")
+    return Path(chosen) if chosen else Path("/tmp") / f"holdfast-{os.getuid()}"
 
 
 def check_job_name(name: str) -> str:

@@ -74,7 +74,7 @@ def arm(handler: Callable[[str], None] | None) -> None:
 
 
 def arm_from_text(schedule: str, *, role: str, place: int) -> None:
-    """Arm this process with the kills of a schedule: [{"at": point, "role": "keeper" or "trainer", "place": node or rank, "nth": n}].
+    """Arm this process with a schedule: [{"at": point, "role": "keeper" or "trainer", "place": node or rank, "nth": n}, …].
 
     The process is killed with SIGKILL, as an out-of-memory killer would, when it passes the point for the nth time.
     """

@@ -1,6 +1,6 @@
 """Bytes in, bytes out: Reed-Solomon over GF(2^8), stripes, CRC32C, header codec. Knows nothing of torch or Ray."""
 
-from holdfast.coding.crc import crc32c, crc32c_combine, crc32c_xor, crc32c_zeros
+from holdfast.coding.crc import crc32c, crc32c_blocks, crc32c_combine, crc32c_xor, crc32c_zeros
 from holdfast.coding.erasure import ErasureCode
 from holdfast.coding.groups import Group, form_groups
 from holdfast.coding.header import HeaderCodec
@@ -22,6 +22,7 @@ __all__ = [
     "TrafficPlan",
     "Transfer",
     "crc32c",
+    "crc32c_blocks",
     "crc32c_combine",
     "crc32c_xor",
     "crc32c_zeros",

@@ -16,11 +16,11 @@ import google_crc32c
 import numpy as np
 
 from holdfast.coding import isal
-from holdfast.coding.buffers import readable
+from holdfast.coding.buffers import LARGEST_CALL, readable
 from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from typing_extensions import Buffer
 
@@ -40,6 +40,19 @@ def crc32c(buf: Buffer, value: int = 0) -> int:
     """
     data = readable(buf, "buf")
     return _engine()(data, _checked(value)) if data.size else _checked(value)
+
+
+def crc32c_blocks(buf: Buffer, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
+    """The CRC32C of every block of `nbytes` bytes; the last block may be shorter."""
+    data = readable(buf, "buf")
+    if not 0 < nbytes <= LARGEST_CALL:
+        raise ConfigError(f"blocks of {nbytes} bytes: it has to be 1 … {LARGEST_CALL}")
+    library = isal.load()
+    if library is not None and _engine() == library.crc32c:
+        crcs: Iterable[int] = library.crc32c_blocks(data, nbytes)
+    else:
+        crcs = (google(data[at : at + nbytes], 0) for at in range(0, data.size, nbytes))
+    return np.fromiter(crcs, np.uint32, -(-data.size // nbytes))
 
 
 def crc32c_combine(a: int, b: int, len_b: int) -> int:

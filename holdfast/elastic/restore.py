@@ -1,7 +1,7 @@
 """The recovery ladder: from which source a starting run gets its newest state back, tried from the newest to the last.
 
-Own keeper → parity → older slot → universal checkpoint. A source that turns out damaged is distrusted and the next one is taken;
-nothing that failed a check is ever left in the state that training goes on from.
+Own keeper → parity → older slot → universal checkpoint. A source that turns out damaged is distrusted and the next one is
+taken; nothing that failed a check is ever left in the state that training goes on from.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Restored:
 
 
 def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, checkpoints: str | None, lap: Lap) -> Restored:
-    """Restore the newest step that any source still has, on all ranks alike. Raises SnapshotLost when there was one and it is gone."""
+    """Restore the newest step that any source still has, on all ranks alike. Raises SnapshotLost when all that was is gone."""
     surveys = _survey(team, leads_node, memory)
     stored = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
     lap("survey")
@@ -192,8 +192,6 @@ def _restored_from(plan: RestorePlan, surveys: list[Survey], team: Team, notes: 
     same_world = plan.world == team.world
     kind = "node" if plan.rebuilds else "trainer"
     rung = "parity" if plan.rebuilds else "own keeper"
-    if notes:
-        rung = f"{rung}, older slot" if not plan.rebuilds else rung
     recovery = Recovery(kind, rung, plan.step, notes=tuple(notes))
     # A step that is whole and has no parity yet gets it before the next snapshot; after a change of layout the next one does.
     protected = plan.protected or moved or not same_world
@@ -219,7 +217,7 @@ def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int
         for box in item.placement.boxes:
             if box.size:
                 buffer = np.empty(box.size * item.local.element_size(), np.uint8)
-                requests.append((stored_name(item.name, rank, found.specs), box, memoryview(buffer)))
+                requests.append((stored_name(item.name, rank, found.specs), box, buffer.data))
                 staged.append((item, box, buffer))
     found.read_boxes(requests)
     with torch.no_grad():

@@ -84,10 +84,12 @@ class Run:
 
     @property
     def stats(self) -> Stats:
-        if self._capturer is None:
-            return Stats()
-        self._capturer.stats.committed = self._capturer.link.page["committed"]
-        return self._capturer.stats
+        return Stats() if self._capturer is None else self._capturer.stats
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step that every node has committed: what a fault at this moment would return to."""
+        return 0 if self._capturer is None else self._capturer.link.committed_step
 
     # -- entering --
 
@@ -178,7 +180,13 @@ class Run:
                 with _asking(memory) as ask:
                     ask("join", view=view.to_json())
 
+        def begin() -> None:
+            if place.leads_node and place.node == view.coordinator:
+                with _asking(memory) as ask:
+                    ask("begin")
+
         team.all(enter)
+        team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
 
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step

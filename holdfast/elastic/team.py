@@ -30,7 +30,7 @@ class Outcome:
 
 
 class Team:
-    """All ranks of the default process group, or this process alone. Raises ConfigError when there should be a group and is none."""
+    """All ranks of the default process group, or this process alone. Raises ConfigError where a group is lacking."""
 
     def __init__(self, env: Environment) -> None:
         self.grouped = dist.is_available() and dist.is_initialized()

@@ -65,7 +65,7 @@ def start_keepers(address: str, job: str, nodes: list[tuple[int, str]], bind: st
             .remote(job, node, memory, bind)
             for node, memory in nodes
         ]
-        ray.get([actor.ready.remote() for actor in actors], timeout=120)
+        ray.get([actor.ready.remote() for actor in actors], timeout=120)  # type: ignore[attr-defined]
     except (ray.exceptions.RayError, OSError, ValueError) as error:
         raise RayUnreachable(f"Ray at {address} could not start the keepers of {job}: {error}") from error
     finally:

@@ -1,6 +1,6 @@
 """Capture: one rank's state copied into a slot while the next step runs, or not shipped at all.
 
-`begin` is called between two steps. It copies at once what forward may change (buffers, scalars, objects, random generators) and
+Between two steps, `step_done` copies at once what forward may change (buffers, scalars, objects, random generators) and
 hands the rest to a thread, which copies parameters and optimizer state while forward and backward run. `fence`, called before
 the optimizer changes them, waits for what is not copied yet. A capture during which something changed all the same is dropped.
 """
@@ -36,7 +36,6 @@ class Stats:
     """What this rank's snapshots have cost and become. `stall_s` is time the training thread spent in holdfast."""
 
     captured: int = 0
-    committed: int = 0
     skipped: int = 0
     dropped: int = 0
     failed: int = 0
@@ -159,7 +158,7 @@ class Capturer:
         eager = [(part, source_of(part).to("cpu", copy=True)) for part in plan.parts if not part.held.lazy]
         ready = None
         if torch.cuda.is_available() and any(part.held.tensor.is_cuda for part in plan.parts):
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             ready.record()
         self._copied.clear()
         self._idle.clear()
@@ -242,7 +241,7 @@ class Capturer:
         """Device memory straight into the slot, which is registered as pinned, on a stream beside the training's."""
         assert shot.ready is not None
         self._pin(body)
-        stream = self._stream = self._stream or torch.cuda.Stream()
+        stream = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_event(shot.ready)
         with torch.cuda.stream(stream), torch.no_grad():
             for part in shot.plan.parts:
@@ -255,7 +254,7 @@ class Capturer:
         address = np.frombuffer(body, np.uint8).ctypes.data
         if self._pinned.get(address) == len(body):
             return
-        code = int(torch.cuda.cudart().cudaHostRegister(address, len(body), 0))
+        code = int(torch.cuda.cudart().cudaHostRegister(address, len(body), 0))  # type: ignore[no-untyped-call]
         if code != 0:
             logger.warning("slot memory could not be pinned (CUDA error %d); copies from the GPU will be slower", code)
         self._pinned[address] = len(body)

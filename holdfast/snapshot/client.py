@@ -52,6 +52,15 @@ class Link:
         self.page["pid"] = os.getpid()
         self._bodies: dict[int, _SlotBody] = {}
         self._known_layout = ""
+        self._closed = False
+        self._committed = 0
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step that all nodes have committed; after `close`, what it was then."""
+        if not self._closed:
+            self._committed = self.page["committed"]
+        return self._committed
 
     def body(self, index: int, nbytes: int) -> memoryview:
         """The writable body of slot `index` with room for `nbytes`; the keeper makes a larger one where it is too small."""
@@ -75,7 +84,13 @@ class Link:
         for _ in range(2):
             head = b"" if layout == self._known_layout else table.to_bytes()
             payload = len(head).to_bytes(8, "little") + head + json.dumps(objects).encode()
-            fields = {"rank": self.rank, "step": step, "index": index, "payload_nbytes": nbytes, "layout": layout}
+            fields: dict[str, Any] = {
+                "rank": self.rank,
+                "step": step,
+                "index": index,
+                "payload_nbytes": nbytes,
+                "layout": layout,
+            }
             answer = self._connection.ask("filled", payload, **fields)
             self._known_layout = "" if answer.get("table") else layout
             if not answer.get("table"):
@@ -95,6 +110,7 @@ class Link:
         for body in self._bodies.values():
             body.close()
         self._bodies.clear()
+        self._committed, self._closed = self.committed_step, True
         self.page.close()
         self._connection.close()
 

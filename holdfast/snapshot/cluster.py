@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,11 @@ def _check_memory(memory: Path) -> None:
 
 def _answers(place: Path) -> bool:
     try:
-        connect(place, timeout_s=5).close()
+        connection = connect(place, timeout_s=5)
+        try:
+            connection.ask("ping")
+        finally:
+            connection.close()
     except HoldfastError:
         return False
     return True
@@ -359,10 +363,8 @@ def _signal_until_gone(pid: int, send: Any, *, patience_s: float = 10.0) -> None
 
 
 def _gone(pid: int) -> bool:
-    try:
+    with suppress(OSError):
         os.waitpid(pid, os.WNOHANG)  # ours, where we started it; a zombie would count as alive
-    except OSError:
-        pass
     try:
         return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except OSError:

@@ -21,7 +21,7 @@ CALM_ROUNDS = 16
 
 
 class Phase(Enum):
-    """WAITING for nodes to join · FILLING: a step is announced · COMMITTING: all encoded it · IDLE · STOPPED."""
+    """WAITING for all keepers to enter the epoch · FILLING: a step is announced · COMMITTING: all encoded it · IDLE · STOPPED."""
 
     WAITING = "waiting"
     FILLING = "filling"
@@ -31,9 +31,8 @@ class Phase(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Joined:
-    node: int
-    progress: int
+class Begin:
+    """Every keeper has entered the epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,7 @@ class Finishing:
     keep: bool
 
 
-Input = Joined | Encoded | GivenUp | Acknowledged | SpillEnded | Finishing
+Input = Begin | Encoded | GivenUp | Acknowledged | SpillEnded | Finishing
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +141,7 @@ class Coordinator:
         self.given_up = 0
         self._spilled = committed
         self._spilling: int | None = None
-        self._waiting = set(self.nodes)
+        self._waiting: set[int] = set()
         self._progress = committed
         self._calm = 0
         self._finishing: dict[int, Finishing] = {}
@@ -156,11 +155,7 @@ class Coordinator:
 
     # -- one method for each cell of the table --
 
-    def _joined(self, event: Joined) -> list[Action]:
-        self._progress = max(self._progress, event.progress)
-        self._waiting.discard(event.node)
-        if self._waiting:
-            return []
+    def _begin(self, event: Begin) -> list[Action]:
         return self._protect() if self._unprotected else self._next()
 
     def _encoded(self, event: Encoded) -> list[Action]:
@@ -259,7 +254,7 @@ class Coordinator:
 
 
 _TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
-    (Phase.WAITING, Joined): Coordinator._joined,
+    (Phase.WAITING, Begin): Coordinator._begin,
     (Phase.WAITING, Finishing): Coordinator._finish_while_filling,
     (Phase.FILLING, Encoded): Coordinator._encoded,
     (Phase.FILLING, GivenUp): Coordinator._give_up,

@@ -127,7 +127,7 @@ def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReade
     layout, size = group.layout, group.block_nbytes
     stripe = group.position(node)
     owners = layout.parity_owners(stripe)
-    sources = [(_bytes_of(group, place, readers), layout.block(place, stripe) * size) for place in layout.data_nodes(stripe)]
+    sources = [(_bytes_of(group, place, readers), _wanted(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
     code = ErasureCode(layout.k, group.parity)
     scratch = [memoryview(bytearray(min(PIECE_NBYTES, size))) for _ in range(layout.k + group.parity)]
     for offset in range(0, size, PIECE_NBYTES):

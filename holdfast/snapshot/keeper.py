@@ -35,13 +35,13 @@ from holdfast.snapshot.coordinator import (
     Acknowledged,
     Action,
     Announce,
+    Begin,
     Commit,
     Coordinator,
     Encoded,
     Finishing,
     GivenUp,
     Input,
-    Joined,
     Protect,
     Spill,
     SpillEnded,
@@ -58,12 +58,13 @@ from holdfast.snapshot.exchange import (
 )
 from holdfast.snapshot.slots import Meta, Slot, SlotHeader, SlotState, aligned
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, View, effective_parity, stride
-from holdfast.snapshot.wire import Connection, Handler, Header, Reply, Server
+from holdfast.snapshot.wire import Connection, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
 ENDPOINT = "keeper.json"
 SOCKET = "keeper.sock"
+LOCK_PATIENCE_S = 15.0
 META_ROOM = 1 << 20
 """Room kept behind a payload for fragment table and objects, beyond what the first snapshot needs."""
 
@@ -89,7 +90,7 @@ class Keeper:
         self._coordinator: Coordinator | None = None
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
-        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._ending = False
         self._guard = _only_one(memory)
         self.slots: dict[str, Slot] = _adopt(memory)
         self.token = secrets.token_hex(16)
@@ -103,7 +104,9 @@ class Keeper:
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
     def _handle(self, verb: str, fields: Header, payload: memoryview) -> Reply | Header | None:
-        found: Handler | Any = getattr(self, f"verb_{verb}", None)
+        found: Callable[..., Reply | Header | None] | None = getattr(self, f"verb_{verb}", None)
+        if self._ending and verb in ("ping", "attach", "join"):
+            raise KeeperUnreachable(f"the keeper of node {self.node} is ending, its run is over")
         if found is None:
             raise ClusterError(f"this keeper does not know the verb {verb!r}; are two releases of holdfast mixed?")
         connection, epoch = fields.pop("connection"), fields.pop("epoch_of_sender", None)
@@ -115,7 +118,10 @@ class Keeper:
             fields["connection"] = connection
         if payload:
             fields["payload"] = payload
-        return found(**fields)  # type: ignore[no-any-return]
+        return found(**fields)
+
+    def verb_ping(self) -> None:
+        """Answered by a keeper that is here to stay."""
 
     def verb_survey(self) -> Header:
         """What this node holds, from the slots' own headers."""
@@ -175,8 +181,11 @@ class Keeper:
                 self.controls[rank]["epoch"] = self.epoch
                 self.controls[rank]["committed"] = fresh.committed
         crash_point("keeper.joined")
-        self._tell_coordinator(Joined(self.node, fresh.committed))
         return {"epoch": self.epoch}
+
+    def verb_begin(self) -> None:
+        """Told to the coordinator's keeper once every keeper has joined."""
+        self._tell_coordinator(Begin())
 
     def verb_filled(self, rank: int, step: int, index: int, payload_nbytes: int, layout: str, payload: memoryview) -> Header:
         """A trainer has captured `step`; its fragment table comes along when it changed, its objects always."""
@@ -252,7 +261,7 @@ class Keeper:
 
     def verb_coordinate(self, event: str, fields: Header) -> None:
         kinds: dict[str, type[Input]] = {
-            kind.__name__: kind for kind in (Joined, Encoded, GivenUp, Acknowledged, SpillEnded, Finishing)
+            kind.__name__: kind for kind in (Encoded, GivenUp, Acknowledged, SpillEnded, Finishing)
         }
         self._tell_coordinator(kinds[event](**fields))
 
@@ -294,6 +303,7 @@ class Keeper:
     def verb_stop(self) -> None:
         """The run ended well on every node: trainers may go, and the memory is given back."""
         with self._lock:
+            self._ending = True
             for rank in self._local_ranks():
                 self.controls[rank]["stopped"] = self.epoch
         logger.info("run %s has ended; node %d gives its memory back", self.job, self.node)
@@ -450,19 +460,12 @@ class Keeper:
         connections: dict[int, Connection] = {}
 
         def forward(node: int, row: int, offset: int, data: memoryview) -> None:
-            fields = {
-                "step": step,
-                "index": index,
-                "row": row,
-                "offset": offset,
-                "block_nbytes": block_nbytes,
-                "crc": crc32c(data),
-            }
+            fields: dict[str, Any] = {"step": step, "index": index, "row": row, "offset": offset, "crc": crc32c(data)}
             connection = connections.get(node)
             if connection is None:
                 member = self._view().member(node)
                 connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, epoch_of_sender=self.epoch, **fields)
+            connection.ask("parity", data, epoch_of_sender=self.epoch, crc=crc32c(data), **fields)
 
         return forward
 
@@ -714,14 +717,20 @@ class _Outbox:
 
 
 def _only_one(memory: Path) -> int:
-    """Hold the node's lock for as long as this process lives."""
-    fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    """Hold the node's lock for as long as this process lives; waits a little for a predecessor that is just ending."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all
+                return fd
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"a keeper already serves {memory}") from error
         os.close(fd)
-        raise ConfigError(f"a keeper already serves {memory}") from error
-    return fd
+        time.sleep(0.05)
 
 
 def _adopt(memory: Path) -> dict[str, Slot]:

@@ -1,7 +1,7 @@
 """Recovery from memory: decide from the survivors' own words what can be restored, then do it.
 
-`plan_restore` is pure. It is given what every reachable keeper says it holds and returns the newest step that is whole, or can be
-made whole from parity, and what has to be rebuilt where. No coordinator is asked, because it may be among the dead.
+`plan_restore` is pure. It is given what every reachable keeper says it holds and returns the newest step that is whole, or can
+be made whole from parity, and what has to be rebuilt where. No coordinator is asked, because it may be among the dead.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _plan_for(
         holders |= {rank.rank: rebuild.host for rank in record.ranks}
     missing = [rank for rank in range(world) if rank not in holders]
     if missing:
-        reasons.append(f"step {step}: nobody holds the snapshot of {_ranks(missing)}, and no parity covers it")
+        reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
         return None
     committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())
     return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed)

@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 from holdfast.coding import RotatingLayout
@@ -80,7 +81,7 @@ class GroupRecord(_Json):
 
     @property
     def block_nbytes(self) -> int:
-        return self.layout.block_length(max(record.nbytes for record in self.records))
+        return self.layout.block_length(record.nbytes for record in self.records)
 
     def position(self, node: int) -> int:
         return next(place for place, record in enumerate(self.records) if record.node == node)
@@ -137,7 +138,7 @@ def groups(nodes: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
     """Runs of `size` nodes; what is left over joins the last run rather than stand unprotected."""
     count = max(1, len(nodes) // size)
     cuts = [place * size for place in range(count)] + [len(nodes)]
-    return [nodes[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    return [nodes[start:stop] for start, stop in pairwise(cuts)]
 
 
 def effective_parity(parity: int, members: int) -> int:

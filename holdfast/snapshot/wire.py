@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from holdfast import errors
@@ -138,10 +139,8 @@ class Server:
     def close(self) -> None:
         self._closed.set()
         for sock in (*self._listeners, *tuple(self._open)):
-            try:
+            with suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that blocks in accept or recv; close alone does not
-            except OSError:
-                pass
             sock.close()
 
     def _accept(self, listener: socket.socket) -> None:

@@ -1,0 +1,200 @@
+"""How the bytes of one array lie in its files: a pure function of the array and of the boxes its writers hold.
+
+An array is cut into *strips* across its trailing dimensions, and a strip lists its rows in order. When every writer holds
+whole rows (or any flat range of them) there is one strip and the file is the array's own row-major bytes. When writers hold
+columns, a strip is as wide as one writer's part. Either way a writer's box is one contiguous range of bytes: nobody has to read
+before writing, nobody shares a lock, and the order stays one that Zarr's shard index can describe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Shape
+
+MAX_CHUNK_NBYTES = 8 << 20
+GOOD_CHUNK_NBYTES = 4 << 20
+MIN_CHUNK_NBYTES = 1 << 20
+"""Zarr's inner chunks: small enough to read a slice, large enough that the index stays below 0.01 % of the data."""
+
+MAX_SHARD_NBYTES = 4 << 30
+"""Larger arrays are split into several files along the first dimension."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A box whose bytes lie side by side in one file, in row-major order."""
+
+    box: Box
+    file: str
+    byte_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayLayout:
+    """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk."""
+
+    spec: ArraySpec
+    strip: Shape
+    chunk: Shape
+    shard_rows: int
+
+    @property
+    def rows(self) -> int:
+        return self.spec.shape[0] if self.spec.shape else 1
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one row of one strip."""
+        return math.prod(self.strip) * ITEMSIZE[self.spec.dtype]
+
+    @property
+    def strip_grid(self) -> Shape:
+        return tuple(extent // width for extent, width in zip(self.spec.shape[1:], self.strip, strict=True))
+
+    @property
+    def is_plain(self) -> bool:
+        """One chunk holds everything: the file is that chunk, without an index."""
+        return self.chunk == self.spec.shape or self.spec.nbytes == 0
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows) if self.spec.nbytes else 0
+
+    def file(self, shard: int) -> str:
+        """The shard's path inside the checkpoint, by Zarr's default chunk keys."""
+        return "/".join([self.spec.name, "c", *([str(shard)] if self.spec.shape else []), *["0"] * len(self.strip)])
+
+    def shard_box(self, shard: int) -> Box:
+        start = shard * self.shard_rows
+        return (
+            Box.whole(self.spec.shape).rows(start, min(start + self.shard_rows, self.rows)) if self.spec.shape else Box((), ())
+        )
+
+    def stored_rows(self, shard: int) -> int:
+        """Rows that each strip of the shard takes in its file: the last chunk is as tall as the others, a hole in the file."""
+        rows = self.shard_box(shard).shape[0] if self.spec.shape else 1
+        tall = self.chunk[0] if self.chunk else 1
+        return -(-rows // tall) * tall
+
+    def data_nbytes(self, shard: int) -> int:
+        """Where the data of a shard ends and its index begins."""
+        return self.stored_rows(shard) * self.row_nbytes * math.prod(self.strip_grid)
+
+    def runs(self, box: Box) -> list[Run]:
+        """The contiguous byte ranges that hold `box`, in the order of the box's own bytes where that is possible."""
+        if not box.size:
+            return []
+        if not self.spec.shape:
+            return [Run(box, self.file(0), 0)]
+        first, last = box.offset[0] // self.shard_rows, (box.end[0] - 1) // self.shard_rows
+        return [run for shard in range(first, last + 1) for run in self._runs_in_shard(box, shard)]
+
+    def _runs_in_shard(self, box: Box, shard: int) -> Iterator[Run]:
+        rows = self.shard_box(shard)
+        strip_nbytes = self.stored_rows(shard) * self.row_nbytes
+        for where in product(*map(_touched, box.offset[1:], box.end[1:], self.strip)):
+            corner = tuple(index * width for index, width in zip(where, self.strip, strict=True))
+            strip = Box((rows.offset[0], *corner), (rows.shape[0], *self.strip))
+            base = flat_index(where, self.strip_grid) * strip_nbytes
+            common = box.intersect(strip)
+            assert common is not None
+            for part in contiguous_parts(common, strip):
+                at = flat_offset(part, strip) * ITEMSIZE[self.spec.dtype]
+                yield Run(part, self.file(shard), base + at)
+
+
+def choose_layout(spec: ArraySpec, boxes: Iterable[Box]) -> ArrayLayout:
+    """The layout in which each of `boxes` is one byte range wherever a regular grid allows it."""
+    strip = _strip(spec, boxes)
+    if not spec.nbytes or not spec.shape:
+        return ArrayLayout(
+            spec, strip, tuple(max(1, extent) for extent in spec.shape), max(1, spec.shape[0] if spec.shape else 1)
+        )
+    chunk = _chunk(spec.shape[0], strip, ITEMSIZE[spec.dtype])
+    tall, row_nbytes = chunk[0], spec.nbytes // spec.shape[0]
+    rows = -(-spec.shape[0] // tall) * tall
+    if rows * row_nbytes > MAX_SHARD_NBYTES:
+        rows = tall * max(1, MAX_SHARD_NBYTES // (tall * row_nbytes))
+    return ArrayLayout(spec, strip, chunk, rows)
+
+
+def _strip(spec: ArraySpec, boxes: Iterable[Box]) -> Shape:
+    """Whole rows, unless some box is not contiguous in them: then the widest step that meets every column boundary."""
+    whole = Box.whole(spec.shape)
+    columns = {(box.offset[1:], box.end[1:]) for box in boxes if box.size and not is_contiguous(box, whole)}
+    return tuple(
+        math.gcd(extent, *(start[dim] for start, _ in columns), *(end[dim] for _, end in columns))
+        for dim, extent in enumerate(spec.shape[1:])
+    )
+
+
+def _chunk(rows: int, strip: Shape, itemsize: int) -> Shape:
+    row_nbytes = math.prod(strip) * itemsize
+    if row_nbytes <= MAX_CHUNK_NBYTES:
+        return (_chunk_rows(rows, row_nbytes), *strip)
+    # A row is larger than a chunk. Cut inside the row, by divisors, because only then the bytes keep their order.
+    return (1, *_cut_row(strip, itemsize))
+
+
+def _chunk_rows(rows: int, row_nbytes: int) -> int:
+    """Rows per chunk: between 1 and 8 MiB, wasting least on the last chunk, and then nearest to 4 MiB."""
+    total = rows * row_nbytes
+    if total <= MAX_CHUNK_NBYTES:
+        return rows
+    fewest, most, good = -(-total // MAX_CHUNK_NBYTES), max(1, total // MIN_CHUNK_NBYTES), max(1, total // GOOD_CHUNK_NBYTES)
+    counts = range(max(fewest, good - 128), max(fewest, min(most, good + 128)) + 1)
+    return min(
+        {-(-rows // count) for count in counts}, key=lambda tall: (-rows % tall, abs(tall * row_nbytes - GOOD_CHUNK_NBYTES))
+    )
+
+
+def _cut_row(strip: Shape, itemsize: int) -> Shape:
+    inner = math.prod(strip[1:]) * itemsize
+    if inner > MAX_CHUNK_NBYTES:
+        return (1, *_cut_row(strip[1:], itemsize))
+    width = min(_divisors(strip[0]), key=lambda part: abs(math.log(part * inner / GOOD_CHUNK_NBYTES)))
+    return (width, *strip[1:])
+
+
+def _divisors(number: int) -> set[int]:
+    small = [part for part in range(1, math.isqrt(number) + 1) if number % part == 0]
+    return {*small, *(number // part for part in small)}
+
+
+# -- boxes as bytes ----------------------------------------------------------------------------------------------------
+
+
+def is_contiguous(box: Box, within: Box) -> bool:
+    """Whether the elements of `box` lie side by side in a row-major buffer that holds `within`."""
+    extents = zip(box.shape, within.shape, strict=True)
+    lead = next((dim for dim, extent in enumerate(box.shape) if extent != 1), len(box.shape))
+    return all(a == b for a, b in list(extents)[lead + 1 :])
+
+
+def contiguous_parts(box: Box, within: Box) -> list[Box]:
+    """The fewest boxes that are contiguous in `within` and make up `box`, in row-major order."""
+    if is_contiguous(box, within):
+        return [box]
+    cut = max(dim for dim, (a, b) in enumerate(zip(box.shape, within.shape, strict=True)) if a != b)
+    leads = product(*(range(start, start + extent) for start, extent in zip(box.offset[:cut], box.shape[:cut], strict=True)))
+    return [Box((*lead, *box.offset[cut:]), ((1,) * cut + box.shape[cut:])) for lead in leads]
+
+
+def flat_index(where: Sequence[int], shape: Sequence[int]) -> int:
+    index = 0
+    for position, extent in zip(where, shape, strict=True):
+        index = index * extent + position
+    return index
+
+
+def flat_offset(box: Box, within: Box) -> int:
+    """Elements before the first one of `box` in a row-major buffer that holds `within`."""
+    return flat_index([a - b for a, b in zip(box.offset, within.offset, strict=True)], within.shape)
+
+
+def _touched(start: int, end: int, width: int) -> range:
+    return range(start // width, -(-end // width))

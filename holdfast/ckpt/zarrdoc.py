@@ -1,0 +1,152 @@
+"""The Zarr v3 documents of a checkpoint, so that any Zarr reader opens it without knowing holdfast.
+
+Each array is `sharding_indexed` with uncompressed little-endian chunks; the index stands at the end of its file, so data begins
+at byte 0. An array that fits one chunk is stored as that chunk. Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from holdfast.arrays import ITEMSIZE, ArraySpec
+from holdfast.ckpt.strips import ArrayLayout, flat_index
+from holdfast.coding import crc32c
+from holdfast.errors import StateError, UnsupportedFormat
+
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
+MISSING_CHUNK = 2**64 - 1
+
+
+def array_document(layout: ArrayLayout) -> dict[str, Any]:
+    """zarr.json of one array."""
+    shape = layout.spec.shape
+    outer = (layout.shard_rows, *(max(1, extent) for extent in shape[1:])) if shape else ()
+    codecs = [LITTLE] if layout.is_plain else [_sharding(layout)]
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(shape),
+        "data_type": layout.spec.dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(outer)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": _fill_value(layout.spec.dtype),
+        "codecs": codecs,
+        "attributes": {} if layout.is_plain else {"holdfast": {"strip": list(layout.strip)}},
+    }
+
+
+def layout_of(name: str, document: Any) -> ArrayLayout:
+    """The layout that `document` was written for; raises UnsupportedFormat unless writing it again gives the same document."""
+    try:
+        spec = ArraySpec(name, document["data_type"], tuple(map(_extent, document["shape"])))
+        outer = tuple(map(_extent, document["chunk_grid"]["configuration"]["chunk_shape"]))
+        codec = document["codecs"][0]
+        if codec == LITTLE:
+            layout = ArrayLayout(spec, spec.shape[1:], tuple(max(1, extent) for extent in spec.shape), outer[0] if outer else 1)
+        else:
+            strip = tuple(map(_extent, document["attributes"]["holdfast"]["strip"]))
+            layout = ArrayLayout(spec, strip, tuple(map(_extent, codec["configuration"]["chunk_shape"])), outer[0])
+        _check_grid(layout)
+        sound = document == array_document(layout)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, StateError) as error:
+        raise UnsupportedFormat(f"{name}/zarr.json breaks the rules of the format: {error!r}") from error
+    if not sound:
+        raise UnsupportedFormat(f"{name}/zarr.json describes an array that holdfast does not write (other codecs or chunks)")
+    return layout
+
+
+def _extent(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise ValueError(f"{value!r} is not an extent")
+    return value
+
+
+def _check_grid(layout: ArrayLayout) -> None:
+    shape, strip, chunk = layout.spec.shape, layout.strip, layout.chunk
+    if layout.spec.nbytes == 0 or not shape:
+        return
+    fits = len(strip) == len(shape) - 1 and len(chunk) == len(shape) and min(*strip, *chunk, layout.shard_rows) > 0
+    if not (
+        fits
+        and all(extent % width == 0 for extent, width in zip(shape[1:], strip, strict=True))
+        and all(width % part == 0 for width, part in zip(strip, chunk[1:], strict=True))
+        and layout.shard_rows % chunk[0] == 0
+    ):
+        raise ValueError(f"shape {shape}, strip {strip}, chunk {chunk} and {layout.shard_rows} rows a file do not fit together")
+
+
+def _sharding(layout: ArrayLayout) -> dict[str, Any]:
+    return {
+        "name": "sharding_indexed",
+        "configuration": {
+            "chunk_shape": list(layout.chunk),
+            "codecs": [LITTLE],
+            "index_codecs": [LITTLE, {"name": "crc32c"}],
+            "index_location": "end",
+        },
+    }
+
+
+def _fill_value(dtype: str) -> Any:
+    if dtype == "bool":
+        return False
+    if dtype.startswith("complex"):
+        return [0.0, 0.0]
+    return 0.0 if "float" in dtype else 0
+
+
+def group_document(attributes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes or {})}
+
+
+def root_document(layouts: Iterable[ArrayLayout], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """zarr.json of the whole checkpoint, with every array's document inside, so that opening it is one read."""
+    layouts = list(layouts)
+    nodes = {name: group_document() for name in groups(layout.spec.name for layout in layouts)}
+    nodes |= {layout.spec.name: array_document(layout) for layout in layouts}
+    consolidated = {"kind": "inline", "must_understand": False, "metadata": dict(sorted(nodes.items()))}
+    return {**group_document(attributes), "consolidated_metadata": consolidated}
+
+
+def groups(names: Iterable[str]) -> list[str]:
+    """Every group above the named arrays, without the root."""
+    return sorted({group for name in names for group in accumulate(name.split("/")[:-1], lambda a, b: f"{a}/{b}")})
+
+
+def to_json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, allow_nan=False).encode()
+
+
+def shard_index(layout: ArrayLayout, shard: int) -> bytes:
+    """Zarr's index of one shard file: offset and length of every inner chunk, row-major, then the CRC32C of that."""
+    box = layout.shard_box(shard)
+    tall = layout.chunk[0]
+    chunk_nbytes = math.prod(layout.chunk) * ITEMSIZE[layout.spec.dtype]
+    strip_nbytes = layout.stored_rows(shard) * layout.row_nbytes
+    down = np.arange(layout.shard_rows // tall, dtype=np.uint64)
+    across = _chunks_across(layout, strip_nbytes, chunk_nbytes)
+    offsets = down[:, None] * np.uint64(tall * layout.row_nbytes) + across[None, :]
+    index = np.full((*offsets.shape, 2), chunk_nbytes, "<u8")
+    index[:, :, 0] = offsets
+    index[-(-box.shape[0] // tall) :] = MISSING_CHUNK  # chunks past the array's end
+    data = index.tobytes()
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def _chunks_across(layout: ArrayLayout, strip_nbytes: int, chunk_nbytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """Offsets of the chunks of one band of rows, in the order of Zarr's grid over the trailing dimensions."""
+    per_strip = tuple(width // part for width, part in zip(layout.strip, layout.chunk[1:], strict=True))
+    grid = tuple(extent // part for extent, part in zip(layout.spec.shape[1:], layout.chunk[1:], strict=True))
+    offsets = np.zeros(grid, np.uint64)
+    for where in np.ndindex(*grid):
+        strip = tuple(index // count for index, count in zip(where, per_strip, strict=True))
+        inside = tuple(index % count for index, count in zip(where, per_strip, strict=True))
+        at = flat_index(strip, layout.strip_grid) * strip_nbytes + flat_index(inside, per_strip) * chunk_nbytes
+        offsets[where] = at
+    return offsets.reshape(-1)
