@@ -12,22 +12,24 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import ConfigError, HoldfastError
+from holdfast.cli._stage import DemoFailed, Log, Stage, Training, is_alive, process_start_s
+from holdfast.errors import ConfigError
 from holdfast.redundancy import Redundancy
+
+if TYPE_CHECKING:
+    from holdfast.snapshot.cluster import JobStatus
+
+CHECKPOINTS = "checkpoints"
 
 NEAR_NATS = 0.3
 """How far the mean loss may lie from the reference's after a restore on other ranks, whose dropout differs. Measured: 0.02;
@@ -85,8 +87,13 @@ class DemoSettings:
             raise ConfigError(f"--keep {self.keep}: give a new or an empty folder")
 
     @property
-    def checkpoint_every(self) -> int:
-        return self.steps // 3
+    def all_steps(self) -> range:
+        return range(1, self.steps + 1)
+
+    @property
+    def options(self) -> list[str]:
+        """What every run of the example is given: the same batch for any number of ranks."""
+        return ["--steps", str(self.steps), "--seed", str(self.seed), "--batch", str(2 * self.ranks)]
 
     @property
     def restored_ranks(self) -> int:
@@ -147,67 +154,89 @@ class DemoReport:
         return self.bit_identical and self.checkpoint.goes_on
 
 
-class DemoFailed(HoldfastError):
-    """The demo could not be brought to its end; the message holds the last lines of the process that failed."""
-
-
 # -- the story ---------------------------------------------------------------------------------------------------------
 
 
 def run_demo(settings: DemoSettings) -> DemoReport:
     """Rehearse everything; blocks for a minute or two. Raises DemoFailed when a part does not come to its end."""
     started = time.monotonic()
-    with _folder(settings.keep) as folder, _Stage(settings, folder) as stage:
-        stage.say(f"{settings.ranks} ranks on {settings.nodes} nodes, parity {settings.parity}; everything is in {folder}")
-        reference = stage.train("reference", settings.ranks, "--bare")
-        recoveries, protected = _train_and_kill(stage)
+    with _folder(settings.keep) as folder, Stage(folder, deadline_s=settings.deadline_s) as stage:
+        stage.say(f"{settings.ranks} ranks on {settings.nodes} nodes, parity {settings.parity}; files are in {folder}")
+        reference = stage.train("reference", settings.all_steps, settings.ranks, *settings.options, "--bare")
+        protected, recoveries = _train_and_kill(stage, settings)
         stage.say("comparing parameters, optimizer state and losses with the reference")
-        differences = _differences(reference, protected)
-        checkpoint = _go_on_elsewhere(stage, reference)
-        return DemoReport(
-            bit_identical=not differences,
-            differences=differences,
-            steps_lost=sum(recovery.steps_lost for recovery in recoveries),
-            recoveries=recoveries,
-            stall_ms_per_step=round(protected.stall_ms_per_step(), 3),
-            step_ms={"bare": round(reference.step_ms(), 1), "protected": round(protected.step_ms(), 1)},
-            checkpoint=checkpoint,
-            seconds=round(time.monotonic() - started, 1),
-            settings={**asdict(settings), "keep": str(settings.keep) if settings.keep else None},
-            machine=_machine(),
-        )
-
-
-def _train_and_kill(stage: _Stage) -> tuple[list[Recovery], _Training]:
-    settings = stage.settings
-    training = stage.start(
-        "protected",
-        settings.ranks,
-        *("--checkpoints", str(stage.checkpoints), "--checkpoint-every", str(settings.checkpoint_every)),
-        *("--parity", str(settings.parity), "--nodes", str(settings.nodes), "--snapshot-every", "1", "--name", stage.name),
-        restarts=3,
+        found = [*loss_differences(reference.read(), protected.read()), *state_differences(reference.final, protected.final)]
+        checkpoint = _go_on_elsewhere(stage, settings, reference.read())
+    return DemoReport(
+        bit_identical=not found,
+        differences=found,
+        steps_lost=sum(recovery.steps_lost for recovery in recoveries),
+        recoveries=recoveries,
+        stall_ms_per_step=round(protected.read().stall_ms_per_step(), 3),
+        step_ms={"bare": round(reference.read().step_ms(), 1), "protected": round(protected.read().step_ms(), 1)},
+        checkpoint=checkpoint,
+        seconds=round(time.monotonic() - started, 1),
+        settings={**asdict(settings), "keep": str(settings.keep) if settings.keep else None},
+        machine=_machine(),
     )
-    recoveries = []
-    for kind, node, from_step in (("trainer", 1, settings.steps // 3), ("node", settings.nodes - 1, 2 * settings.steps // 3)):
-        job = stage.wait_for_commit(training, from_step)
-        stage.say(f"step {job.committed_step} is committed: killing {_described(kind, node)}")
-        starts, killed_s, others = len(training.read().starts), time.time(), _kill(job, kind, node)
-        recovery = stage.watch_recovery(training, kind, starts, killed_s, others)
-        stage.say(
-            f"recovered step {recovery.step} by {recovery.rung}: {recovery.steps_lost} steps lost, "
-            f"{recovery.seconds:.1f} s from the kill to a new step"
-        )
-        recoveries.append(recovery)
+
+
+def _train_and_kill(stage: Stage, settings: DemoSettings) -> tuple[Training, list[Recovery]]:
+    redundancy = ["--parity", str(settings.parity), "--nodes", str(settings.nodes), "--snapshot-every", "1"]
+    checkpoints = ["--checkpoints", str(stage.folder / CHECKPOINTS), "--checkpoint-every", str(settings.steps // 3)]
+    options = [*settings.options, *redundancy, *checkpoints, "--name", stage.name]
+    training = stage.start("protected", settings.all_steps, settings.ranks, *options, restarts=3)
+    third = settings.steps // 3
+    recoveries = [
+        _kill_and_watch(stage, training, settings, "trainer", node=1, at_step=third),
+        _kill_and_watch(stage, training, settings, "node", node=settings.nodes - 1, at_step=2 * third),
+    ]
     stage.finish(training)
-    return recoveries, training
+    return training, recoveries
 
 
-def _described(kind: str, node: int) -> str:
-    return f"a trainer of node {node}" if kind == "trainer" else f"keeper, memory and trainers of node {node}"
+def _kill_and_watch(
+    stage: Stage, training: Training, settings: DemoSettings, kind: str, *, node: int, at_step: int
+) -> Recovery:
+    """Kill once `at_step` is committed, and wait for the first new step."""
+    from holdfast.snapshot.cluster import status
+
+    jobs: list[JobStatus] = []
+
+    def is_committed() -> bool:
+        jobs[:] = status(stage.name)
+        trainers = sum(len(node.ranks) for job in jobs for node in job.nodes)
+        return trainers == settings.ranks and jobs[0].committed_step >= at_step
+
+    stage.wait(training, is_committed, f"step {at_step} to be committed")
+    whom = f"a trainer of node {node}" if kind == "trainer" else f"keeper, memory and trainers of node {node}"
+    stage.say(f"step {jobs[0].committed_step} is committed: killing {whom}")
+    earlier, kill = len(training.read().starts), Kill(kind, time.time())
+    survivors = _kill(jobs[0], kind, node)
+
+    def is_stepping() -> bool:
+        log, now = training.read(), time.time()
+        if kill.detected_s is None and not all(map(is_alive, survivors)):
+            kill.detected_s = now
+        if len(log.starts) == earlier:
+            return False
+        if kill.restarted_s is None:
+            kill.restarted_s = process_start_s(log.starts[earlier]["pid"])
+        return log.steps[-1]["time_s"] > log.starts[earlier]["time_s"]
+
+    stage.wait(training, is_stepping, f"a new step after a {kind} was killed")
+    recovery = recovery_of(training.read(), earlier, kill)
+    if recovery is None:
+        raise training.failure(f"began anew after a {kind} was killed")
+    stage.say(
+        f"back at step {recovery.step} from {recovery.rung}: {recovery.steps_lost} steps lost, "
+        f"{recovery.seconds:.1f} s from the kill to a new step"
+    )
+    return recovery
 
 
-def _kill(job: Any, kind: str, node: int) -> list[int]:
-    """Kill -9 one trainer of the node, or its keeper and all its trainers, memory erased; returns the other trainers.
+def _kill(job: JobStatus, kind: str, node: int) -> list[int]:
+    """Kill -9 one trainer of the node, or its keeper and all its trainers, memory erased; returns the trainers that are left.
 
     The keeper goes first and the trainers last, so that nobody is left who could write the memory again.
     """
@@ -218,88 +247,58 @@ def _kill(job: Any, kind: str, node: int) -> list[int]:
     else:
         os.kill(victim.pid, signal.SIGKILL)
         for path in Path(victim.memory).iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.unlink()
     for pid in trainers:
         os.kill(pid, signal.SIGKILL)
     return [pid for status in job.nodes for pid in status.ranks.values() if pid not in trainers]
 
 
-def _differences(reference: _Training, protected: _Training) -> list[str]:
-    """Every way in which the protected run did not end as the reference did; empty when all bits are equal."""
-    import torch
-
-    found = []
-    expected = {step["step"]: step for step in reference.read().steps}
-    trained = protected.read().steps
-    found += [
-        f"step {step['step']}: loss {step['loss']} ≠ {expected[step['step']]['loss']}"
-        for step in trained
-        if step["loss_hex"] != expected[step["step"]]["loss_hex"]
-    ]
-    found += [f"step {step}: never trained" for step in sorted(expected.keys() - {step["step"] for step in trained})]
-    names = sorted(path.name for path in reference.out.iterdir())
-    for name in names:
-        if not (protected.out / name).exists():
-            found.append(f"{name}: missing")
-            continue
-        one, other = (torch.load(out / name, weights_only=True)["arrays"] for out in (reference.out, protected.out))
-        found += [f"{name}: {array} is on one side only" for array in sorted(one.keys() ^ other.keys())]
-        found += [
-            f"{name}: {array} differs"
-            for array in sorted(one.keys() & other.keys())
-            if one[array].dtype != other[array].dtype or not torch.equal(one[array], other[array])
-        ]
-    return found if names else ["the reference saved no final state"]
-
-
-def _go_on_elsewhere(stage: _Stage, reference: _Training) -> CheckpointReport:
+def _go_on_elsewhere(stage: Stage, settings: DemoSettings, reference: Log) -> CheckpointReport:
     """Verify the newest checkpoint from before the end, restore it with the command line for other ranks, and train on."""
     from holdfast.ckpt import list_steps, open_checkpoint
 
-    settings = stage.settings
-    usable = [info for info in list_steps(stage.checkpoints) if info.step < settings.steps]
+    checkpoints, restored, ranks = stage.folder / CHECKPOINTS, stage.folder / "restored", settings.restored_ranks
+    usable = [info for info in list_steps(checkpoints) if info.step < settings.steps]
     if not usable:
-        raise DemoFailed(f"the run left no checkpoint in {stage.checkpoints}")
+        raise DemoFailed(f"the run left no checkpoint from before its end in {checkpoints}")
     info = usable[-1]
     stage.say(f"verifying the checkpoint of step {info.step}")
-    verify_s, verdict = _timed(lambda: open_checkpoint(info.path).verify())
-    stage.say(f"restoring it with the command line for {settings.restored_ranks} ranks, and training on")
-    restored = stage.folder / "restored"
-    command = ["restore", f"{stage.checkpoints}@{info.step}", "--mesh", f"dp={settings.restored_ranks}", "--format", "torch"]
-    restore_s, _ = _timed(lambda: stage.command("restore", *command, "--out", str(restored)))
-    resumed = stage.train("resumed", settings.restored_ranks, "--bare", "--resume", str(restored), start=info.step)
-    expected = {step["step"]: step["loss"] for step in reference.read().steps}
-    pairs = [(step["loss"], expected[step["step"]]) for step in resumed.read().steps]
+    began = time.monotonic()
+    verdict = open_checkpoint(info.path).verify()
+    verified = time.monotonic()
+    stage.say(f"restoring it with the command line for {ranks} ranks, and training on")
+    where = ["--mesh", f"dp={ranks}", "--format", "torch", "--out", str(restored)]
+    stage.command("restore", "restore", f"{checkpoints}@{info.step}", *where)
+    ended = time.monotonic()
+    rest = range(info.step + 1, settings.steps + 1)
+    resumed = stage.train("resumed", rest, ranks, *settings.options, "--bare", "--resume", str(restored))
     return CheckpointReport(
         step=info.step,
         path=str(info.path),
         nbytes=info.nbytes,
         seconds=round(_writing_s(info.path), 3),
         verified=verdict.is_whole,
-        verify_seconds=round(verify_s, 3),
-        restored_ranks=settings.restored_ranks,
-        restore_seconds=round(restore_s, 3),
-        resumed_steps=len(pairs),
-        loss_difference=_mean_difference(pairs),
+        verify_seconds=round(verified - began, 3),
+        restored_ranks=ranks,
+        restore_seconds=round(ended - verified, 3),
+        resumed_steps=len(resumed.read().steps),
+        loss_difference=loss_difference(reference, resumed.read()),
     )
 
 
-def _mean_difference(pairs: list[tuple[float, float]]) -> float:
-    """Between the mean losses of two runs; infinite when one of them is not finite or there is nothing to compare."""
-    if not pairs or not all(math.isfinite(loss) for pair in pairs for loss in pair):
-        return math.inf
-    return abs(statistics.fmean(one - other for one, other in pairs))
+@contextmanager
+def _folder(keep: Path | None) -> Iterator[Path]:
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        yield keep.absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="holdfast-demo-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def _writing_s(checkpoint: Path) -> float:
-    committed = (checkpoint / "COMMIT").stat().st_mtime
-    return max(0.0, committed - min(path.stat().st_mtime for path in checkpoint.rglob("*")))
-
-
-def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.monotonic()
-    result = call()
-    return time.monotonic() - began, result
+    first = min(path.stat().st_mtime for path in checkpoint.rglob("*"))
+    return (checkpoint / "COMMIT").stat().st_mtime - first
 
 
 def _machine() -> dict[str, Any]:
@@ -314,311 +313,88 @@ def _machine() -> dict[str, Any]:
     }
 
 
-# -- one training and its log ------------------------------------------------------------------------------------------
+# -- what is concluded -------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
-class _Log:
-    """The lines that rank 0 has written so far: one dictionary for every start of the script and every step."""
+class Kill:
+    """A kill, and what was seen from outside: torchrun ending another trainer, and the new process of rank 0."""
 
-    starts: list[dict[str, Any]] = field(default_factory=list)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Training:
-    """A torchrun of the example, with everything it writes in a folder of its own."""
-
-    name: str
-    folder: Path
-    process: subprocess.Popen[bytes]
-
-    @property
-    def out(self) -> Path:
-        return self.folder / "final"
-
-    @property
-    def console(self) -> Path:
-        return self.folder / "console.log"
-
-    def read(self) -> _Log:
-        path, log = self.folder / "steps.jsonl", _Log()
-        text = path.read_text() if path.exists() else ""
-        for line in text[: text.rfind("\n") + 1].splitlines():  # a line being written now is left for the next look
-            record = json.loads(line)
-            (log.starts if record["event"] == "start" else log.steps).append(record)
-        return log
-
-    def step_ms(self) -> float:
-        return 1000 * statistics.median(step["step_s"] for step in self.read().steps)
-
-    def stall_ms_per_step(self) -> float:
-        """Time the training thread spent in holdfast per step; what a start costs is not part of it."""
-        log, stalled_s, steps = self.read(), 0.0, 0
-        for start, end in zip(log.starts, [*(s["time_s"] for s in log.starts[1:]), math.inf], strict=True):
-            stalls = [step["stall_s"] for step in log.steps if start["time_s"] <= step["time_s"] < end]
-            stalled_s += stalls[-1] - stalls[0] if stalls else 0.0
-            steps += max(0, len(stalls) - 1)
-        return 1000 * stalled_s / max(1, steps)
+    kind: str
+    time_s: float
+    detected_s: float | None = None
+    restarted_s: float | None = None
 
 
-# -- processes, with an end in sight -----------------------------------------------------------------------------------
+def recovery_of(log: Log, earlier: int, kill: Kill) -> Recovery | None:
+    """The way from `kill` to the first new step, out of a log that had `earlier` starts before; None for a start from nothing."""
+    start = log.starts[earlier]
+    found = start["recovery"]
+    if found is None:
+        return None
+    lost = [step["step"] for step in log.steps if step["time_s"] < start["time_s"]]
+    first_new = next(step for step in log.steps if step["time_s"] > start["time_s"])
+    restarted_s = kill.restarted_s or start["time_s"] - found["seconds"]
+    ends = {
+        "detected": kill.detected_s or restarted_s,
+        "restarted": restarted_s,
+        "rebuilt": start["time_s"] - found["seconds"],
+        "restored": start["time_s"],
+        "first_step": first_new["time_s"],
+    }
+    begins = [kill.time_s, *ends.values()]
+    return Recovery(
+        kind=kill.kind,
+        rung=found["rung"],
+        step=found["step"],
+        steps_lost=(lost[-1] if lost else 0) - found["step"],
+        seconds=round(first_new["time_s"] - kill.time_s, 3),
+        phases={phase: round(max(0.0, end - begin), 3) for begin, (phase, end) in zip(begins, ends.items(), strict=False)},
+        restore_phases={phase: round(seconds, 3) for phase, seconds in found["phases"].items()},
+    )
 
 
-class _Stage:
-    """Starts processes, waits for them with one deadline, shows progress, and ends all of them when it is left."""
-
-    def __init__(self, settings: DemoSettings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
-        self.name = f"demo-{uuid.uuid4().hex[:8]}"
-        self.checkpoints = folder / "checkpoints"
-        self._deadline = time.monotonic() + settings.deadline_s
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._show = _Show()
-        self._keepers_before = False
-
-    def __enter__(self) -> _Stage:
-        from holdfast.snapshot.cluster import status
-
-        self._keepers_before = bool(status())
-        self._show.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._show.stop()
-        for process in self._processes:
-            _end_tree(process)
-        if self._keepers_before:
-            self.say(f"other runs have keepers here: those of {self.name} stay too, until `holdfast down`")
-        else:
-            from holdfast.snapshot.cluster import down
-
-            down()
-
-    def say(self, text: str) -> None:
-        self._show.say(text)
-
-    def train(self, name: str, ranks: int, *options: str, start: int = 0) -> _Training:
-        training = self.start(name, ranks, *options, start=start)
-        self.finish(training)
-        return training
-
-    def start(self, name: str, ranks: int, *options: str, restarts: int = 0, start: int = 0) -> _Training:
-        folder = self.folder / name
-        folder.mkdir(parents=True)
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-        command += [str(examples() / "train_gpt.py"), "--steps", str(self.settings.steps), "--seed", str(self.settings.seed)]
-        command += ["--batch", str(2 * self.settings.ranks), "--out", str(folder / "final")]
-        command += ["--log-file", str(folder / "steps.jsonl"), *options]
-        self._show.begin(name, start, self.settings.steps)
-        return _Training(name, folder, self._spawn(command, folder / "console.log"))
-
-    def finish(self, training: _Training) -> None:
-        self._wait(training, lambda: training.process.poll() is not None, "its end")
-        if training.process.returncode:
-            raise DemoFailed(_with_tail(f"the {training.name} run ended with {training.process.returncode}", training.console))
-
-    def command(self, name: str, *arguments: str) -> None:
-        """Run a `holdfast` verb in a process of its own."""
-        console = self.folder / f"{name}.log"
-        process = self._spawn(["-m", "holdfast.cli", *arguments], console)
-        try:
-            code = process.wait(max(1.0, self._deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            raise DemoFailed(_with_tail(f"holdfast {name} did not end in time", console)) from error
-        if code:
-            raise DemoFailed(_with_tail(f"holdfast {name} ended with {code}", console))
-
-    def wait_for_commit(self, training: _Training, step: int) -> Any:
-        """The job's status once `step` is committed and every keeper knows its trainers."""
-        from holdfast.snapshot.cluster import status
-
-        jobs: list[Any] = []
-
-        def committed() -> bool:
-            jobs[:] = status(self.name)
-            return (
-                bool(jobs)
-                and jobs[0].committed_step >= step
-                and sum(len(n.ranks) for n in jobs[0].nodes) == self.settings.ranks
-            )
-
-        self._wait(training, committed, f"step {step} to be committed", until_end=True)
-        return jobs[0]
-
-    def watch_recovery(self, training: _Training, kind: str, starts: int, killed_s: float, others: list[int]) -> Recovery:
-        """Time the way from a kill to the first new step."""
-        detected_s: list[float] = []
-        spawned_s: list[float] = []
-
-        def stepping() -> bool:
-            if not detected_s and not all(map(_alive, others)):
-                detected_s.append(time.time())
-            log = training.read()
-            if len(log.starts) <= starts:
-                return False
-            if not spawned_s:
-                spawned_s.append(_started_s(log.starts[starts]["pid"]))
-            return log.steps[-1]["time_s"] > log.starts[starts]["time_s"]
-
-        self._wait(training, stepping, f"a new step after a {kind} was killed", until_end=True)
-        log = training.read()
-        start = log.starts[starts]
-        before = [step["step"] for step in log.steps if step["time_s"] < start["time_s"]]
-        first_new = next(step for step in log.steps if step["time_s"] > start["time_s"])
-        recovery = start["recovery"]
-        if recovery is None:
-            raise DemoFailed(_with_tail(f"training began anew after a {kind} was killed", training.console))
-        moments = {
-            "detected": detected_s[0] if detected_s else spawned_s[0],
-            "restarted": spawned_s[0],
-            "rebuilt": start["time_s"] - recovery["seconds"],
-            "restored": start["time_s"],
-            "first_step": first_new["time_s"],
-        }
-        since = [killed_s, *moments.values()]
-        return Recovery(
-            kind=kind,
-            rung=recovery["rung"],
-            step=recovery["step"],
-            steps_lost=before[-1] - recovery["step"],
-            seconds=round(first_new["time_s"] - killed_s, 3),
-            phases={name: round(max(0.0, at - last), 3) for (name, at), last in zip(moments.items(), since, strict=False)},
-            restore_phases={name: round(seconds, 3) for name, seconds in recovery["phases"].items()},
-        )
-
-    def _wait(self, training: _Training, done: Callable[[], bool], what: str, until_end: bool = False) -> None:
-        while not done():
-            if until_end and training.process.poll() is not None:
-                code = training.process.returncode
-                raise DemoFailed(_with_tail(f"the {training.name} run ended with {code} before {what}", training.console))
-            if time.monotonic() > self._deadline:
-                message = (
-                    f"the {training.name} run: no sign of {what}, and the demo's {self.settings.deadline_s:.0f} s are over"
-                )
-                raise DemoFailed(_with_tail(message, training.console))
-            steps = training.read().steps
-            self._show.reach(training.name, steps[-1]["step"] if steps else 0)
-            time.sleep(0.02)
-        self._show.reach(training.name, (training.read().steps or [{"step": 0}])[-1]["step"])
-
-    def _spawn(self, arguments: list[str], console: Path) -> subprocess.Popen[bytes]:
-        root = str(Path(__file__).parents[2])
-        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        with console.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                cwd=self.folder,
-                env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # Ctrl-C is for us to handle: torchrun would end before it has ended its workers
-            )
-        self._processes.append(process)
-        return process
+def loss_differences(reference: Log, protected: Log) -> list[str]:
+    """Every step whose loss is not the reference's, bit for bit, however often it was trained; and every step left out."""
+    expected = {step["step"]: step["loss_hex"] for step in reference.steps}
+    trained = {step["step"] for step in protected.steps}
+    wrong = [step for step in protected.steps if step["loss_hex"] != expected.get(step["step"])]
+    return [
+        *(f"step {step['step']}: the loss was {step['loss_hex']}, not {expected.get(step['step'])}" for step in wrong),
+        *(f"step {step} was never trained" for step in sorted(expected.keys() - trained)),
+    ]
 
 
-def examples() -> Path:
-    """The folder with the training script: beside the package in a checkout, inside of it when installed from a wheel."""
-    package = Path(__file__).parents[1]
-    for folder in (package.parent / "examples", package / "examples"):
-        if (folder / "train_gpt.py").is_file():
-            return folder
-    raise DemoFailed(f"the demo's training script is neither in {package.parent / 'examples'} nor in {package / 'examples'}")
+def state_differences(reference: Path, protected: Path) -> list[str]:
+    """Every array of the final states, rank by rank, that is not the reference's, bit for bit."""
+    import torch
+
+    def load(path: Path) -> dict[str, torch.Tensor]:
+        return dict(torch.load(path, weights_only=True)["arrays"]) if path.exists() else {}
+
+    names = {path.name for folder in (reference, protected) for path in folder.glob("*.pt")}
+    if not names:
+        return ["no run saved its final state"]
+    found = []
+    for name in sorted(names):
+        one, other = load(reference / name), load(protected / name)
+        for array in sorted(one.keys() | other.keys()):
+            if array not in one or array not in other:
+                found.append(f"{name}: {array} is in one run only")
+            elif one[array].dtype != other[array].dtype or not torch.equal(one[array], other[array]):
+                found.append(f"{name}: {array} differs")
+    return found
 
 
-@contextmanager
-def _folder(keep: Path | None) -> Iterator[Path]:
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        yield keep.absolute()
-        return
-    with tempfile.TemporaryDirectory(prefix="holdfast-demo-", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
+def loss_difference(reference: Log, resumed: Log) -> float:
+    """Between the mean losses over the steps that were trained again; infinite when there are none or one is not finite."""
+    expected = {step["step"]: step["loss"] for step in reference.steps}
+    differences = [step["loss"] - expected[step["step"]] for step in resumed.steps]
+    mean = statistics.fmean(differences) if differences else math.inf
+    return abs(mean) if math.isfinite(mean) else math.inf
 
 
-def _with_tail(message: str, console: Path, lines: int = 30) -> str:
-    tail = console.read_text(errors="replace").splitlines()[-lines:] if console.exists() else []
-    return "\n".join([f"{message}; the last lines of {console}:", *(f"  | {line}" for line in tail)])
-
-
-def _end_tree(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
-    """End a process and its descendants: politely, then for certain. torchrun's workers have sessions of their own."""
-    family = _descendants(process.pid) if process.poll() is None else []
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    for pid in filter(_alive, family):
-        os.kill(pid, signal.SIGKILL)
-
-
-def _descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            children.setdefault(int(_stat_fields(path)[1]), []).append(int(path.parent.name))
-        except OSError:
-            continue
-    found = [pid]
-    for parent in found:
-        found += children.get(parent, [])
-    return found[1:]
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return _stat_fields(Path(f"/proc/{pid}/stat"))[0] not in ("Z", "X")
-    except OSError:
-        return False
-
-
-def _started_s(pid: int) -> float:
-    """When a process began, in seconds of time.time()."""
-    ticks = int(_stat_fields(Path(f"/proc/{pid}/stat"))[19])
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _stat_fields(path: Path) -> list[str]:
-    return path.read_text().rpartition(")")[2].split()  # the name before may hold spaces and brackets
-
-
-# -- what is seen ------------------------------------------------------------------------------------------------------
-
-
-class _Show:
-    """Progress on stderr: a moving bar for each run on a terminal, and a line for each incident everywhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._console = Console(stderr=True, highlight=False)
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def start(self) -> None:
-        self._progress.start()
-
-    def stop(self) -> None:
-        self._progress.stop()
-
-    def begin(self, name: str, start: int, stop: int) -> None:
-        if not self._console.is_terminal:
-            self.say(f"{name} run: training from step {start + 1} to step {stop}")
-        self._tasks[name] = self._progress.add_task(name, completed=start, total=stop)
-
-    def reach(self, name: str, step: int) -> None:
-        if step:
-            self._progress.update(self._tasks[name], completed=step)
-
-    def say(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+# -- what is printed ---------------------------------------------------------------------------------------------------
 
 
 def report_text(report: DemoReport) -> str:
