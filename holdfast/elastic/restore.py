@@ -18,7 +18,7 @@ import torch
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
 from holdfast.elastic.team import Outcome, Team
-from holdfast.errors import ClusterError, SnapshotLost
+from holdfast.errors import ClusterError, ConfigError, SnapshotLost
 from holdfast.snapshot.client import connect
 from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotSource, Survey, plan_restore, stored_name
 from holdfast.snapshot.state import Held, TrackedState
@@ -64,10 +64,10 @@ class Restored:
 def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, checkpoints: str | None, lap: Lap) -> Restored:
     """Restore the newest step that any source still has, on all ranks alike. Raises SnapshotLost when all that was is gone."""
     surveys = _survey(team, leads_node, memory)
-    stored = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
+    looked = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
+    stored, notes = looked["step"], list(looked["problems"])
     lap("survey")
     distrusted: Distrusted = frozenset()
-    notes: list[str] = []
     while True:
         plan, reasons = plan_restore(surveys, distrusted)
         notes += [reason for reason in reasons if reason not in notes]
@@ -111,11 +111,26 @@ def _survey(team: Team, leads_node: bool, memory: Path) -> list[Survey]:
     return [Survey.from_json(found) for found in team.all(ask) if found is not None]
 
 
-def _newest_checkpoint(checkpoints: str | None) -> int | None:
-    if checkpoints is None:
-        return None
-    found = ckpt.latest(checkpoints)
-    return None if found is None else found.step
+def _newest_checkpoint(checkpoints: str | None) -> dict[str, Any]:
+    """The newest sound step, and a line for every newer one that is not."""
+    problems: list[str] = []
+    if checkpoints is not None:
+        for info in reversed(ckpt.list_steps(_directory(checkpoints))):
+            if ckpt.is_sound(info):
+                return {"step": info.step, "problems": problems}
+            problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
+    return {"step": None, "problems": problems}
+
+
+def _directory(checkpoints: str) -> Path:
+    """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
+    if "://" in checkpoints:
+        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
+    try:
+        Path(checkpoints).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return Path(checkpoints)
 
 
 # -- from memory ---------------------------------------------------------------------------------------------------------

@@ -249,13 +249,17 @@ class Run:
         page = capturer.link.page
         epoch = page["epoch"]
         capturer.link.finishing(self.step, keep=self._settings.checkpoints is not None)
-        deadline = time.monotonic() + LEAVING_TIMEOUT_S
+        started = asked = time.monotonic()
         while page["stopped"] != epoch:
             capturer.step_done(self.step)
-            if time.monotonic() > deadline:
+            time.sleep(0.005)
+            now = time.monotonic()
+            if now - asked > 1:
+                asked = now
+                connect(capturer.link.memory, timeout_s=60).close()  # raises when the keeper is no longer there to answer
+            if now - started > LEAVING_TIMEOUT_S:
                 logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
                 return
-            time.sleep(0.005)
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------------

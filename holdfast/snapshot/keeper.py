@@ -90,6 +90,7 @@ class Keeper:
         self._coordinator: Coordinator | None = None
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
+        self._released = threading.Event()
         self._ending = False
         self._guard = _only_one(memory)
         self.slots: dict[str, Slot] = _adopt(memory)
@@ -285,7 +286,7 @@ class Keeper:
         table = FragmentTable.concat(meta.table for meta in metas.values())
         return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
 
-    def verb_spill(self, directory: str, step: int, index: int, payload: memoryview) -> Header:
+    def verb_spill(self, directory: str, step: int, index: int, layout: Header, payload: memoryview) -> Header:
         """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments."""
         slots = {slot.header.rank: slot for slot in self._of_step(step, index) if slot.header.rank >= 0}
 
@@ -293,7 +294,7 @@ class Keeper:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
 
         table = FragmentTable.from_bytes(payload)
-        written = spill.write_part(Path(directory), table, step, self.node, frozenset(slots), read)
+        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
         return {"nbytes": written}
 
     def verb_checkpointed(self, step: int) -> None:
@@ -669,10 +670,11 @@ class Keeper:
                 parent.rmdir()  # only when no other node or job is left in it
             except OSError:
                 break
+        self._released.set()
 
     def wait(self) -> None:
-        """Block until the keeper has been closed."""
-        self._closed.wait()
+        """Block until the keeper has been closed and everything it had to say is said."""
+        self._released.wait()
 
 
 class _Outbox:

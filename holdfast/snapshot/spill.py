@@ -31,10 +31,11 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
             objects |= {int(rank): named for rank, named in header["objects"].items()}
         table = distinct_fragments(FragmentTable.concat(FragmentTable.from_bytes(data) for _, data in answers.values()))
         check_table(table)
-        plan = ckpt.plan_write(table, step=step, layout={"world": view.world, "nodes": len(view.members)})
+        layout = {"world": view.world, "nodes": len(view.members)}
+        plan = ckpt.plan_write(table, step=step, layout=layout)
         directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
         crash_point("spill.begun")
-        _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index)
+        _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index, layout=layout)
         crash_point("spill.written")
         path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
         return path, table.nbytes
@@ -44,10 +45,16 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
 
 
 def write_part(
-    directory: Path, table: FragmentTable, step: int, node: int, ranks: frozenset[int], read: Callable[[Fragment], memoryview]
+    directory: Path,
+    table: FragmentTable,
+    step: int,
+    layout: dict[str, Any],
+    node: int,
+    ranks: frozenset[int],
+    read: Callable[[Fragment], memoryview],
 ) -> int:
     """Write the fragments that this node's ranks hold; returns the bytes written."""
-    plan = ckpt.plan_write(table, step=step)
+    plan = ckpt.plan_write(table, step=step, layout=layout)
     rows = [row for row in table if row.rank in ranks]
     return ckpt.write_fragments(directory, plan, node, rows, read)
 
