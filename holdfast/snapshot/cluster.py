@@ -289,6 +289,11 @@ def _node_status(place: Path) -> NodeStatus:
     )
 
 
+def has_trainers(job: JobStatus) -> bool:
+    """Some rank of the run is alive on this host."""
+    return any(not _gone(pid) for node in job.nodes for pid in node.ranks.values())
+
+
 def _size(place: Path) -> int:
     return sum(path.stat().st_size for path in place.glob("*") if path.is_file())
 
