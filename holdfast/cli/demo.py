@@ -39,8 +39,7 @@ a model that was not restored lies 2 away."""
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("demo", help="train, kill a trainer and a node, and show that not a bit is lost")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = DemoSettings()
     parser.add_argument("--ranks", type=int, default=defaults.ranks, help="trainers to start")
     parser.add_argument("--nodes", type=int, default=defaults.nodes, help="nodes that this machine plays")
@@ -49,7 +48,6 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--keep", type=Path, metavar="DIR", help="leave logs, final states and checkpoints in this new folder")
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -206,7 +204,7 @@ def _kill_and_watch(
     def is_committed() -> bool:
         jobs[:] = status(stage.name)
         trainers = sum(len(node.ranks) for job in jobs for node in job.nodes)
-        return trainers == settings.ranks and jobs[0].committed_step >= at_step
+        return trainers == settings.ranks and bool(jobs[0].committed_step >= at_step)
 
     stage.wait(training, is_committed, f"step {at_step} to be committed")
     whom = f"a trainer of node {node}" if kind == "trainer" else f"keeper, memory and trainers of node {node}"
