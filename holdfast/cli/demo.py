@@ -220,7 +220,7 @@ def _kill_and_watch(
             return False
         if kill.restarted_s is None:
             kill.restarted_s = process_start_s(log.starts[earlier]["pid"])
-        return log.steps[-1]["time_s"] > log.starts[earlier]["time_s"]
+        return bool(log.steps[-1]["time_s"] > log.starts[earlier]["time_s"])
 
     stage.wait(training, is_stepping, f"a new step after a {kind} was killed")
     recovery = recovery_of(training.read(), earlier, kill)
