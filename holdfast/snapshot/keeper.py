@@ -97,6 +97,7 @@ class Keeper:
         self._rows: tuple[int, RowsInFlight] | None = None
         self._finished: dict[int, Header] = {}
         self._coordinator: Coordinator | None = None
+        self._guests: tuple[Member, ...] = ()
         self._checked_layouts: tuple[tuple[int, str], ...] = ()
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
@@ -167,7 +168,7 @@ class Keeper:
             fresh = View.from_json(view)
             if fresh.epoch <= self.epoch:
                 raise StaleEpoch(f"node {self.node} is already in epoch {self.epoch}; epoch {fresh.epoch} comes too late")
-            self.view, self.epoch = fresh, fresh.epoch
+            self.view, self.epoch, self._guests = fresh, fresh.epoch, fresh.guests
             self._announced, self._rows = None, None
             self._groups.clear()
             self._finished.clear()
@@ -290,6 +291,7 @@ class Keeper:
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
         self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
         if self._coordinator is not None:
+            self._release_guests()
             self._check_layout(step, index)
 
     def verb_tables(self, step: int, index: int) -> Reply:
@@ -577,6 +579,17 @@ class Keeper:
         except Exception:
             logger.exception("checkpoint of step %d failed, training goes on", step)
         self._tell_coordinator(SpillEnded(index))
+
+    def _release_guests(self) -> None:
+        """Keepers of an earlier membership are no longer needed once this one has committed a step."""
+        guests, self._guests = self._guests, ()
+        for guest in guests:
+            try:
+                connection = Connection((guest.address, guest.port), guest.token)
+                connection.ask("shutdown")
+                connection.close()
+            except KeeperUnreachable as error:
+                logger.info("node %d, no longer a member, is gone already: %s", guest.node, error)
 
     def _check_layout(self, step: int, index: int) -> None:
         """When the layout has changed: every array is whole over all ranks, or the snapshots are worth nothing and we say so."""

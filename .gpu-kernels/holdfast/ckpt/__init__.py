@@ -1,0 +1,1 @@
+"""The universal checkpoint: format, writer, reader, reshard planner."""

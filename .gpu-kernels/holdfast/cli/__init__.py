@@ -1,0 +1,1 @@
+"""The `holdfast` command: one module per verb; torch is imported only inside a verb that needs it."""

@@ -1,0 +1,68 @@
+"""Which nodes of a cluster protect each other.
+
+A failure domain (a rack, a switch, a power feed) takes all its nodes at once, and each of them counts against the m that their
+group can lose. So the members of a group are spread over as many domains as there are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from holdfast.coding.layout import RotatingLayout
+from holdfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes that protect each other. Member i of the layout is cluster node `nodes[i]`."""
+
+    nodes: tuple[int, ...]
+    layout: RotatingLayout
+    crowding: int  # the most members that share one failure domain
+
+    @property
+    def survives_domain(self) -> bool:
+        """Losing any one failure domain whole costs no more nodes than the group may lose."""
+        return self.crowding <= self.layout.m
+
+
+def group_sizes(nodes: int, size: int) -> tuple[int, ...]:
+    """Groups of `size`, and the leftovers in the last one; a cluster smaller than that is one group."""
+    if nodes < 1 or size < 1:
+        raise ConfigError(f"groups need at least one node each; got {nodes} nodes in groups of {size}")
+    count = max(1, nodes // size)
+    return (size,) * (count - 1) + (nodes - size * (count - 1),)
+
+
+def form_groups(labels: Sequence[Hashable], size: int, parity: int) -> tuple[Group, ...]:
+    """The groups of a cluster whose node i is in failure domain `labels[i]`; the same answer on every node.
+
+    No grouping of these sizes spreads the domains better: if one exists in which no two members share a domain, it is found.
+    A group too small for `parity` loses all members but one at most: two nodes are a mirror, one alone has no protection.
+    """
+    if not 0 <= parity < size:
+        raise ConfigError(f"groups of {size} nodes cannot lose {parity} of them: need 0 <= parity < size")
+    room = list(group_sizes(len(labels), size))
+    members: list[list[int]] = [[] for _ in room]
+    domains: dict[Hashable, list[int]] = defaultdict(list)
+    for node, label in enumerate(labels):
+        domains[label].append(node)
+    for domain in sorted(domains.values(), key=len, reverse=True):
+        taken = [0] * len(room)  # how many nodes of this domain each group has
+        for node in domain:
+            open_groups = (g for g in range(len(room)) if room[g])
+            group = min(open_groups, key=lambda g: (taken[g], -room[g], g))
+            members[group].append(node)
+            taken[group] += 1
+            room[group] -= 1
+    return tuple(_group(sorted(nodes), labels, parity) for nodes in members)
+
+
+def _group(nodes: list[int], labels: Sequence[Hashable], parity: int) -> Group:
+    layout = RotatingLayout(len(nodes), min(parity, len(nodes) - 1))
+    return Group(tuple(nodes), layout, crowding=max(Counter(labels[node] for node in nodes).values()))

@@ -1,0 +1,1 @@
+"""Membership, faults, recovery and the launcher shim."""

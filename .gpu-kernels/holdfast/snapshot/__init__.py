@@ -1,0 +1,1 @@
+"""Snapshots in memory: capture, slots, keepers, parity, commit, recovery."""
