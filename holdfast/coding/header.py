@@ -59,7 +59,7 @@ class HeaderCodec:
 
     def encode(self, payload: Buffer) -> bytes:
         """The block: payload, its length, its CRC32C and the parity. About 50 microseconds for a payload of 512 bytes."""
-        data = readable(payload, "payload").tobytes()
+        data = readable(payload, "payload").array.tobytes()
         if len(data) > LARGEST_PAYLOAD:
             raise ConfigError(f"a payload of {len(data)} bytes is no header; at most {LARGEST_PAYLOAD} are taken")
         depth = self._depth(len(data))
@@ -72,7 +72,7 @@ class HeaderCodec:
 
         `CorruptData` if there is no block or if it is beyond repair; a wrong payload is never returned.
         """
-        data = readable(block, "block")
+        data = readable(block, "block").array
         reasons = []
         for depth in self._depths(data):
             try:
