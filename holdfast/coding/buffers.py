@@ -49,6 +49,8 @@ def readable(buffer: Buffer, name: str) -> Region:
         ) from None
     except ValueError as error:  # numpy dtypes that the buffer protocol cannot say, such as bfloat16; a closed mapping
         raise ConfigError(f"{name} cannot be read as bytes: {error}; give .view(numpy.uint8)") from None
+    if "O" in view.format:
+        raise ConfigError(f"{name} holds Python objects, whose bytes are addresses and mean nothing elsewhere")
     if not view.c_contiguous:
         raise ConfigError(f"{name} is not contiguous (strides {view.strides}): give one run of bytes")
     return region(np.frombuffer(view, np.uint8) if view.nbytes else np.empty(0, np.uint8), name)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from reedsolo import ReedSolomonError, RSCodec
 
-from holdfast.coding.buffers import readable
+from holdfast.coding.buffers import is_whole, readable
 from holdfast.coding.crc import crc32c
 from holdfast.coding.field import MULTIPLY, parity_matrix
 from holdfast.errors import ConfigError, CorruptData
@@ -44,8 +44,8 @@ class HeaderCodec:
     """Turns a payload into a block that survives nsym // 2 wrong bytes per codeword of 255, anywhere, in unknown places."""
 
     def __init__(self, nsym: int = 32) -> None:
-        if not 2 <= nsym <= 200:
-            raise ConfigError(f"nsym is {nsym}; it can be 2 … 200 (two parity bytes repair one byte)")
+        if not is_whole(nsym, 2, 200):
+            raise ConfigError(f"nsym is {nsym!r}; it can be 2 … 200 (two parity bytes repair one byte)")
         self.nsym = nsym
         self._room = CODEWORD - nsym
 

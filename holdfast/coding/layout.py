@@ -19,6 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from holdfast.coding.buffers import is_whole
 from holdfast.coding.field import MAX_FRAGMENTS
 from holdfast.errors import ConfigError, MissingData
 
@@ -92,7 +93,7 @@ class RotatingLayout:
     m: int
 
     def __post_init__(self) -> None:
-        if not (self.n >= 1 and 0 <= self.m < self.n <= MAX_FRAGMENTS):
+        if not (is_whole(self.n, 1, MAX_FRAGMENTS) and is_whole(self.m, 0, self.n - 1)):
             raise ConfigError(f"a group needs 0 <= m < n <= {MAX_FRAGMENTS}; got n={self.n}, m={self.m}")
 
     # -- who has what ------------------------------------------------------------------------------------------------------
@@ -137,8 +138,7 @@ class RotatingLayout:
     def stripe_of(self, node: int, block: int) -> int:
         """The stripe that protects the node's block."""
         self._check_node(node)
-        if not 0 <= block < self.k:
-            raise ConfigError(f"block {block} is not among 0 … {self.k - 1}")
+        self._check_block(block)
         return (block + node + 1) % self.n
 
     def fragments(self, t: int) -> tuple[int, ...]:
@@ -160,6 +160,7 @@ class RotatingLayout:
 
     def block_span(self, block: int, block_length: int, node_bytes: int) -> tuple[int, int]:
         """The node's real bytes [start, stop) in a block; the rest of the block is zeros, all of it where start = stop."""
+        self._check_block(block)
         return min(block * block_length, node_bytes), min((block + 1) * block_length, node_bytes)
 
     # -- plans -------------------------------------------------------------------------------------------------------------
@@ -222,6 +223,10 @@ class RotatingLayout:
     def _check_node(self, node: int) -> None:
         if not 0 <= node < self.n:
             raise ConfigError(f"node {node} is not among 0 … {self.n - 1}")
+
+    def _check_block(self, block: int) -> None:
+        if not 0 <= block < self.k:
+            raise ConfigError(f"block {block} is not among 0 … {self.k - 1}")
 
     def _check_stripe(self, t: int) -> None:
         if not 0 <= t < self.stripes:

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from holdfast.coding.buffers import Region
     from holdfast.coding.field import Bytes
 
-BLOCK = 256 << 10  # so that a target stays in the L2 cache while its sources stream past
+BLOCK = 512 << 10  # so that a target stays in the cache while its sources stream past
+WORTH_A_TABLE = 4 << 10  # bytes below which making the large table would take longer than using it
 
 
 class Tables:
@@ -79,6 +80,9 @@ def _add(coefficient: int, source: Bytes, target: Bytes, scratch: Bytes) -> None
 def _product(coefficient: int, source: Bytes, target: Bytes) -> None:
     if coefficient == 1:
         target[:] = source
+        return
+    if source.size < WORTH_A_TABLE:
+        np.take(MULTIPLY[coefficient], source, out=target, mode="clip")
         return
     even = source.size & ~1
     # mode="clip" lets numpy write straight into `out`; every 16-bit index is inside the table anyway.
