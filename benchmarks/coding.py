@@ -112,7 +112,7 @@ def checksum_all(data: np.ndarray, spare: np.ndarray, count: int) -> None:
 
 def slots_all(k: int, m: int, size: int, count: int) -> None:
     with slots(2 * k + m, size) as memory:
-        data, parity, spare = memory[:k], memory[k : k + m], memory[k + m :]
+        data, parity, spare = list(memory[:k]), list(memory[k : k + m]), list(memory[k + m :])
         code = ErasureCode(k, m)
         encode: Systems = {"memcpy": partial(copy, data, spare), "holdfast": partial(code.encode, data, parity)}
         measure(f"encode ({k},{m}) in slots", encode, {}, k * size, count)
@@ -123,7 +123,7 @@ def slots_all(k: int, m: int, size: int, count: int) -> None:
         }
         measure(f"reconstruct ({k},{m}) in slots", rebuild, {}, k * size, count)
         if (k, m) == (8, 4):
-            whole = data[0].base[: 2 * CHECKSUMMED // size].reshape(2, -1)
+            whole = memory.reshape(-1)[: 2 * CHECKSUMMED].reshape(2, -1)
             check: Systems = {"memcpy": partial(copy, [whole[0]], [whole[1]]), "holdfast": partial(crc32c, whole[0])}
             measure("crc32c in slots", check, {}, CHECKSUMMED, count)
 
@@ -234,14 +234,14 @@ def copy(sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
 
 
 @contextmanager
-def slots(count: int, size: int) -> Iterator[list[np.ndarray]]:
-    """Arrays that are mappings of files in /dev/shm, populated and filled."""
+def slots(count: int, size: int) -> Iterator[np.ndarray]:
+    """Rows that are a mapping of a file in /dev/shm, populated and filled."""
     place = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryFile(dir=place) as file:
         file.truncate(count * size)
         memory = np.frombuffer(mmap.mmap(file.fileno(), count * size), np.uint8).reshape(count, size)
         memory[:] = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
-        yield list(memory)
+        yield memory
 
 
 if __name__ == "__main__":

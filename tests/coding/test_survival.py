@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations, product
 from math import comb, isnan
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +108,19 @@ def test_it_prints_itself_as_the_table_of_the_documentation() -> None:
         "this choice                  +33%     1.17           4.5e-10          4.5e-07         4.3e-04"
         "   100 %   100 %  98.9 %  95.9 %"
     )
+
+
+def test_the_documentation_shows_what_is_printed() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "coding.md").read_text()
+    printed = str(explain(2, 8, 64))
+    assert printed.partition("\n\nmemory:")[0] in page
+    table = re.findall(r"^\| (\d) \| (\d+) \| \+(\d+) % \| ([\d.]+) \| ([\d.]+)·10(\S+) \|", page, re.MULTILINE)
+    assert len(table) == 6
+    for parity, size, memory, network, loss, power in table:
+        chosen = explain(int(parity), int(size), 64).chosen
+        assert (f"{chosen.memory:.0%}", f"{chosen.network:.2f}") == (f"{memory}%", network)
+        exponent = int(power.translate(str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")))
+        assert chosen.loss[1] == pytest.approx(float(loss) * 10**exponent, rel=0.02)
 
 
 def test_a_cluster_of_one_is_told_the_truth() -> None:
