@@ -357,3 +357,24 @@ def test_the_gil_is_released_while_bytes_are_coded(backend: str) -> None:
     finally:
         sys.setswitchinterval(interval)
     assert seen
+
+
+def test_threads_really_work_at_the_same_time() -> None:
+    class Meeting(Recorder):
+        both = threading.Barrier(2, timeout=30)
+
+        def write(self, sources: list, targets: list) -> None:
+            self.both.wait()  # passes only when two chunks are in work at once
+
+    code = ErasureCode(1, 1, Meeting())
+    code.encode([bytes(400)], [bytearray(400)], chunk_size=100, threads=2)
+    code.reconstruct({0: bytes(400)}, {1: bytearray(400)}, chunk_size=100, threads=2)
+
+
+def test_what_fails_in_a_thread_fails_the_call() -> None:
+    class Failing(Recorder):
+        def write(self, sources: list, targets: list) -> None:
+            raise OSError("no luck")
+
+    with pytest.raises(OSError, match="no luck"):
+        ErasureCode(1, 1, Failing()).encode([bytes(400)], [bytearray(400)], chunk_size=100, threads=2)
