@@ -5,7 +5,8 @@
 GB/s counts the data that is protected: k fragments for encode and reconstruct (m data fragments lost), the one changed
 fragment for update, the buffer for CRC32C. memcpy copies the same k fragments, or the same one, in the same round. Time is the
 CPU time of the thread, which leaves out being descheduled and keeps the fight for memory; more threads are on the wall clock.
-`slots` are mappings of files in /dev/shm, where snapshots live; all else is ordinary memory.
+`slots` are mappings of files in /dev/shm, where snapshots live; all else is ordinary memory. Fragments are staggered as in a
+snapshot's stripes; `aligned alike` are fragments that begin at the same place of a page and compete for the same cache sets.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import google_crc32c
 import numpy as np
 from _harness import Report, arguments, machine, ratios, rounds, say
 
-from holdfast.coding import ErasureCode, crc32c
+from holdfast.coding import ErasureCode, crc32c, staggered
+from holdfast.coding.buffers import staggered_length
 from holdfast.coding.isal import Isal, load
 
 if TYPE_CHECKING:
@@ -41,18 +43,22 @@ REPORT = Report()
 def main() -> None:
     options = arguments(__doc__)
     size, count = (16 << 20, 3) if options.quick else (64 << 20, 9)
-    memory = np.random.default_rng(0).integers(0, 256, (2 * 8 + 4, size), dtype=np.uint8)
+    memory = staggered(2 * 8 + 4, size)
+    fill(memory)
     for k, m in SHAPES:
         say(f"({k}, {m}) in ordinary memory")
-        fragments = list(memory[: k + m])
-        spare = list(memory[k + m : 2 * k + m])
+        fragments, spare = memory[: k + m], memory[k + m : 2 * k + m]
         encode_all(k, m, fragments, spare, count)
         reconstruct_all(k, m, fragments, spare, count)
         update_all(k, m, fragments, spare, count)
-    threads_all(4, 2, list(memory[:6]), list(memory[6:10]), count)
-    buffers = memory.reshape(-1)[: 2 * CHECKSUMMED].reshape(2, -1)
+    threads_all(4, 2, memory[:6], memory[6:10], count)
+    del memory, fragments, spare
+    buffers = staggered(2, CHECKSUMMED)
+    fill(buffers)
     checksum_all(buffers[0], buffers[1], count)
-    del memory, buffers, fragments, spare
+    del buffers
+    for k, m in [(4, 2), (8, 2)]:
+        aligned_all(k, m, size, count)
     for k, m in [(3, 1), *SHAPES]:
         say(f"({k}, {m}) in /dev/shm")
         slots_all(k, m, size, count)
@@ -101,6 +107,15 @@ def threads_all(k: int, m: int, fragments: list[np.ndarray], spare: list[np.ndar
     measure(f"encode ({k},{m}), wall clock", systems, {}, k * data[0].size, count, clock=time.perf_counter)
 
 
+def aligned_all(k: int, m: int, size: int, count: int) -> None:
+    memory = list(np.empty((2 * k + m, size), np.uint8))
+    fill(memory)
+    data, parity = memory[:k], memory[k : k + m]
+    systems: Systems = {"memcpy": partial(copy, data, memory[k + m :])}
+    systems |= {name: partial(code.encode, data, parity) for name, code in ours(k, m).items() if "num" not in name}
+    measure(f"encode ({k},{m}), aligned alike", systems, {}, k * size, count)
+
+
 def checksum_all(data: np.ndarray, spare: np.ndarray, count: int) -> None:
     systems: Systems = {
         "memcpy": partial(copy, [data], [spare]),
@@ -112,7 +127,7 @@ def checksum_all(data: np.ndarray, spare: np.ndarray, count: int) -> None:
 
 def slots_all(k: int, m: int, size: int, count: int) -> None:
     with slots(2 * k + m, size) as memory:
-        data, parity, spare = list(memory[:k]), list(memory[k : k + m]), list(memory[k + m :])
+        data, parity, spare = memory[:k], memory[k : k + m], memory[k + m :]
         code = ErasureCode(k, m)
         encode: Systems = {"memcpy": partial(copy, data, spare), "holdfast": partial(code.encode, data, parity)}
         measure(f"encode ({k},{m}) in slots", encode, {}, k * size, count)
@@ -123,8 +138,11 @@ def slots_all(k: int, m: int, size: int, count: int) -> None:
         }
         measure(f"reconstruct ({k},{m}) in slots", rebuild, {}, k * size, count)
         if (k, m) == (8, 4):
-            whole = memory.reshape(-1)[: 2 * CHECKSUMMED].reshape(2, -1)
-            check: Systems = {"memcpy": partial(copy, [whole[0]], [whole[1]]), "holdfast": partial(crc32c, whole[0])}
+            several = CHECKSUMMED // size
+            check: Systems = {
+                "memcpy": partial(copy, memory[:several], memory[several : 2 * several]),
+                "holdfast": lambda: [crc32c(each) for each in memory[:several]],
+            }
             measure("crc32c in slots", check, {}, CHECKSUMMED, count)
 
 
@@ -234,14 +252,22 @@ def copy(sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
 
 
 @contextmanager
-def slots(count: int, size: int) -> Iterator[np.ndarray]:
-    """Rows that are a mapping of a file in /dev/shm, populated and filled."""
+def slots(count: int, size: int) -> Iterator[list[np.ndarray]]:
+    """Fragments in a mapping of a file in /dev/shm, populated and filled."""
+    step = staggered_length(size)
     place = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryFile(dir=place) as file:
-        file.truncate(count * size)
-        memory = np.frombuffer(mmap.mmap(file.fileno(), count * size), np.uint8).reshape(count, size)
-        memory[:] = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+        file.truncate(count * step)
+        whole = np.frombuffer(mmap.mmap(file.fileno(), count * step), np.uint8)
+        memory = [whole[i * step :][:size] for i in range(count)]
+        fill(memory)
         yield memory
+
+
+def fill(memory: list[np.ndarray]) -> None:
+    noise = np.random.default_rng(0)
+    for each in memory:
+        each.view(np.uint64)[:] = noise.integers(0, 2**64, each.size // 8, dtype=np.uint64)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from holdfast.coding.field import Bytes
 
+ALIGNMENT = 64  # a cache line and the widest vector
+STAGGER, STAGGER_PERIOD = 325 * ALIGNMENT, 64 << 10
 LARGEST_CALL = 1 << 30  # C back ends take lengths as `int`, and ctypes wraps 2^31 to a negative number without a word
 
 
@@ -36,6 +38,25 @@ class Region(NamedTuple):
     def cut(self, start: int, stop: int) -> Region:
         """Bytes [start, stop) of it. Much cheaper than asking numpy for the address again."""
         return Region(self.name, self.array[start:stop], self.address + start)
+
+
+def staggered_length(nbytes: int) -> int:
+    """A length from `nbytes` up at whose multiples buffers can be read side by side at full speed.
+
+    Coding reads k fragments and writes m at the same offset, all at once. Buffers whose addresses agree in their low bits,
+    as those from mmap do, compete for the same few cache sets: at (8, 2) that halves the speed (measured on a Zen 4: 11
+    instead of 25 GB/s in huge pages, 17 instead of 21 in /dev/shm). 325 lines past a multiple of 64 KiB, successive
+    multiples differ both in the bits within a page, which index the first cache, and in those above, which index the second.
+    """
+    return nbytes + (STAGGER - nbytes) % STAGGER_PERIOD
+
+
+def staggered(count: int, nbytes: int) -> list[Bytes]:
+    """`count` new buffers of `nbytes`, placed so that coding them together is as fast as it can be. Not zeroed."""
+    step = staggered_length(nbytes)
+    memory = np.empty(count * step + ALIGNMENT, np.uint8)
+    first = -region(memory).address % ALIGNMENT
+    return [memory[first + i * step :][:nbytes] for i in range(count)]
 
 
 def readable(buffer: Buffer, name: str) -> Region:

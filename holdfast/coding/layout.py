@@ -19,14 +19,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from holdfast.coding.buffers import is_whole
+from holdfast.coding.buffers import ALIGNMENT, is_whole, staggered_length
 from holdfast.coding.field import MAX_FRAGMENTS
 from holdfast.errors import ConfigError, MissingData
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-ALIGNMENT = 64  # a cache line and the widest vector: blocks start where the coders are fastest
+WORTH_STAGGERING = 4 << 20  # bytes from which a block is staggered, so that this costs at most 1.6 % more parity
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +150,15 @@ class RotatingLayout:
     def block_length(self, node_bytes: Iterable[int]) -> int:
         """The length of all blocks of the group, given every node's bytes.
 
-        Each node counts as long as the longest, by zeros that are never stored or sent, and is cut into k equal blocks.
+        Each node counts as long as the longest, by zeros that are never stored or sent, and is cut into k equal blocks. They
+        are whole cache lines, and long ones are staggered: the blocks of a stripe have different numbers, so that their places
+        in the nodes' slots then differ in the bits that caches index by.
         """
         sizes = list(node_bytes)
         if len(sizes) != self.n or min(sizes) < 0:
             raise ConfigError(f"block_length needs the bytes of {self.n} nodes, none negative; got {sizes}")
         even = -(-max(sizes) // self.k)
-        return -(-even // ALIGNMENT) * ALIGNMENT
+        return staggered_length(even) if even >= WORTH_STAGGERING else -(-even // ALIGNMENT) * ALIGNMENT
 
     def block_span(self, block: int, block_length: int, node_bytes: int) -> tuple[int, int]:
         """The node's real bytes [start, stop) in a block; the rest of the block is zeros, all of it where start = stop."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.coding import crc, crc32c, crc32c_combine, crc32c_xor, crc32c_zeros, isal
+from holdfast.coding import crc, crc32c, crc32c_blocks, crc32c_combine, crc32c_xor, crc32c_zeros, isal
 from holdfast.coding.buffers import readable
 from holdfast.errors import ConfigError
 
@@ -49,6 +49,21 @@ def test_it_agrees_with_google_crc32c_at_any_address(data: bytes, value: int, sh
     assert crc32c(moved, value) == expected
     for engine in ENGINES:
         assert not data or engine(readable(moved, "data"), value) == expected
+
+
+@given(st.binary(max_size=2000), st.integers(1, 500))
+def test_every_block_has_the_crc_of_its_bytes(data: bytes, nbytes: int) -> None:
+    expected = [google_crc32c.value(data[at : at + nbytes]) for at in range(0, len(data), nbytes)]
+    found = crc32c_blocks(data, nbytes)
+    assert found.dtype == np.uint32
+    assert found.tolist() == expected
+
+
+def test_blocks_without_the_library_have_the_same_crcs(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 5
+    expected = crc32c_blocks(data, 100).tolist()
+    monkeypatch.setattr(crc, "_engine", lambda: crc.google)
+    assert crc32c_blocks(data, 100).tolist() == expected
 
 
 def test_many_kinds_of_buffers_have_the_same_crc() -> None:
@@ -120,6 +135,8 @@ def test_one_wrong_block_shows_in_the_crc_of_the_xor() -> None:
         (lambda: crc32c_combine(0, 0, -1), "negative"),
         (lambda: crc32c_zeros(-1), "negative"),
         (lambda: crc32c_xor([], 10), "at least one"),
+        (lambda: crc32c_blocks(b"x", 0), "blocks of 0 bytes"),  # type: ignore[arg-type,return-value]
+        (lambda: crc32c_blocks(b"x", 2**31), "blocks of 2147483648 bytes"),  # type: ignore[arg-type,return-value]
         (lambda: crc32c_xor([1, 2**40], 10), "no CRC32C"),
         (lambda: crc32c_xor([1, 2], -10), "negative"),
     ],

@@ -82,6 +82,20 @@ def test_blocks_cover_every_byte_of_every_node_once(n: int, data: st.DataObject)
         assert all(stop - start <= length for start, stop in spans)
 
 
+@given(st.integers(2, 12), st.integers(0, 10**9))
+def test_long_blocks_are_whole_lines_and_staggered(n: int, size: int) -> None:
+    layout = RotatingLayout(n, 1)
+    length = layout.block_length([size] * n)
+    assert length % 64 == 0
+    assert length * layout.k >= size
+    assert length <= max(size / layout.k * 1.016, size / layout.k + 64)
+    if size / layout.k > 4 << 20:
+        lines = {block * length % 4096 for block in range(layout.k)}
+        assert len(lines) == layout.k  # no two blocks of a stripe begin at the same line of a page
+        pages = {block * length % (1 << 20) // 4096 for block in range(layout.k)}
+        assert len(pages) == layout.k
+
+
 def test_empty_nodes_have_empty_blocks() -> None:
     assert RotatingLayout(4, 1).block_length([0, 0, 0, 0]) == 0
     assert RotatingLayout(4, 1).block_length([0, 0, 1, 0]) == 64
