@@ -1,6 +1,6 @@
 """Zarr data types that zarr-python does not have yet: bfloat16 and the two float8 kinds.
 
-Importing this file registers them, and with holdfast installed zarr-python does so by itself (`zarr_hook.py`). numpy has no such
+Importing this file registers them; with holdfast installed zarr-python does so by itself (`zarr_hook.py`). numpy has no such
 numbers, so elements appear as unsigned integers that hold their bits; to see them as what they are:
 `torch.from_numpy(array[...]).view(torch.bfloat16)`.
 """
