@@ -22,6 +22,7 @@ from holdfast.errors import (
     UnsupportedFormat,
 )
 from holdfast.events import Event, subscribe
+from holdfast.protect import protect
 from holdfast.redundancy import Redundancy
 
 __version__ = "0.1.0"
@@ -46,5 +47,6 @@ __all__ = [
     "StorageError",
     "UnsupportedFormat",
     "__version__",
+    "protect",
     "subscribe",
 ]

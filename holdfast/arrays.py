@@ -308,10 +308,14 @@ class FragmentTable:
         try:
             with pa.ipc.open_stream(pa.py_buffer(data)) as stream:
                 table = stream.read_all()
-        except (pa.ArrowException, OSError) as error:
+            # Before any value is looked at: a damaged offset would make Arrow read outside of the buffer.
+            table.validate(full=True)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise CorruptData(f"fragment table: not an Arrow stream ({error})") from error
         if not table.schema.equals(SCHEMA):
-            raise CorruptData(f"fragment table: schema differs, found {table.schema.names}")
+            raise CorruptData(f"fragment table: its schema differs from the columns {', '.join(SCHEMA.names)}")
+        if any(_has_nulls(table.column(field.name)) for field in SCHEMA if not field.nullable):
+            raise CorruptData("fragment table: a value that every row must have is null")
         found = cls(table)
         for row in found:
             _check_row(row)
@@ -353,6 +357,11 @@ class FragmentTable:
         return FragmentTable(self.table.set_column(self.table.schema.get_field_index("crc32c"), SCHEMA.field("crc32c"), column))
 
 
+def _has_nulls(column: pa.ChunkedArray) -> bool:
+    nested = pa.types.is_list(column.type) and any(chunk.flatten().null_count for chunk in column.chunks)
+    return bool(column.null_count or nested)
+
+
 def _check_row(row: Fragment) -> None:
     try:
         spec = row.spec
@@ -377,6 +386,9 @@ def check_coverage(specs: Iterable[ArraySpec], pieces: dict[str, list[Box]]) -> 
     for spec in specs:
         boxes = [box for box in pieces.get(spec.name, []) if box.size]
         covered = sum(box.size for box in boxes)
+        outside = next((box for box in boxes if not Box.whole(spec.shape).contains(box)), None)
+        if outside is not None:
+            raise LayoutMismatch(f"{spec.name}: {outside} lies outside of its shape {spec.shape}")
         overlap = next(iter(_overlaps(boxes)), None)
         if overlap is not None:
             raise LayoutMismatch(f"{spec.name}: elements at {overlap.offset} (shape {overlap.shape}) are held twice")

@@ -20,14 +20,18 @@ from holdfast.errors import CorruptData, StateError
 
 def encode_object(value: Any, where: str = "object") -> str:
     """`value` as JSON text. Raises StateError naming the path of the first part that has no typed form."""
-    return json.dumps(_pack(value, where), separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(_pack(value, where), separators=(",", ":"), allow_nan=False)
+    except RecursionError as error:
+        raise StateError(f"{where} is nested too deeply, or contains itself") from error
 
 
 def decode_object(text: str | bytes) -> Any:
     """The value that `encode_object` was given. Raises CorruptData for text it never wrote."""
     try:
-        return _unpack(json.loads(text))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        return _unpack(json.loads(text, parse_constant=_refuse_constant))
+    # What json, base64, numpy and torch raise for values that no encoder wrote (RuntimeError: torch; RecursionError is one).
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
         raise CorruptData(f"object: not typed JSON ({error})") from error
 
 
@@ -73,6 +77,10 @@ def _pack_items(value: Any, where: str) -> list[Any]:
 def _pack_array(value: np.ndarray[Any, Any], where: str) -> Any:
     if value.dtype.hasobject:
         raise StateError(f"{where} is a numpy array of Python objects, which has no typed form")
+    if value.dtype.names:
+        raise StateError(
+            f"{where} is a numpy array of records, which has no typed form; keep its fields as arrays of their own"
+        )
     data = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
     return {"$array": [value.dtype.str, list(value.shape), data]}
 
@@ -86,7 +94,7 @@ def _pack_tensor(value: Any, where: str) -> Any:
 
     if hasattr(value, "device_mesh"):
         raise StateError(f"{where} is a DTensor inside a plain object; put it into a module or an optimizer")
-    flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = value.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
     data = base64.b64encode(flat.numpy().tobytes()).decode()
     return {"$tensor": [str(value.dtype).removeprefix("torch."), list(value.shape), data]}
 
@@ -128,6 +136,10 @@ def _unpack(value: Any) -> Any:
     if len(value) != 1 or tag not in _UNPACKERS:
         raise ValueError(f"unknown tag {tag!r}")
     return _UNPACKERS[tag](value[tag])
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _unpack_array(packed: Any) -> np.ndarray[Any, Any]:

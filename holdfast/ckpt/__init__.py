@@ -1,6 +1,6 @@
 """The universal checkpoint: written at disk speed from any layout, read into any other, checked byte by byte."""
 
-from holdfast.ckpt.catalog import StepInfo, latest, list_steps, open_checkpoint
+from holdfast.ckpt.catalog import StepInfo, is_sound, latest, list_steps, open_checkpoint
 from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
@@ -26,6 +26,7 @@ __all__ = [
     "WritePlan",
     "begin",
     "commit",
+    "is_sound",
     "latest",
     "list_steps",
     "load_rules",

@@ -1,0 +1,243 @@
+"""The recovery ladder: from which source a starting run gets its newest state back, tried from the newest to the last.
+
+Own keeper → parity → older slot → universal checkpoint. A source that turns out damaged is distrusted and the next one is
+taken; nothing that failed a check is ever left in the state that training goes on from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast import ckpt
+from holdfast.arrays import FragmentTable
+from holdfast.elastic.team import Outcome, Team
+from holdfast.errors import ClusterError, ConfigError, SnapshotLost
+from holdfast.snapshot.client import connect
+from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotSource, Survey, plan_restore, stored_name
+from holdfast.snapshot.state import Held, TrackedState
+
+logger = logging.getLogger(__name__)
+
+Lap = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """What was restored: from which `rung`, to which `step`, in how many seconds, and where they went (`phases`).
+
+    `kind` says what had been lost: a "trainer", the memory of a "node", or all memory ("checkpoint").
+    """
+
+    kind: str
+    rung: str
+    step: int
+    seconds: float = 0.0
+    phases: Mapping[str, float] | None = None
+    notes: tuple[str, ...] = ()
+
+    def timed(self, seconds: float, phases: Mapping[str, float]) -> Recovery:
+        return replace(self, seconds=seconds, phases=dict(phases))
+
+    def __str__(self) -> str:
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"restored step {self.step} from {self.rung} in {self.seconds:.2f} s{notes}"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity."""
+
+    step: int = 0
+    index: int = 1
+    protected: bool = True
+    in_memory: bool = False
+    recovery: Recovery | None = None
+
+
+def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, checkpoints: str | None, lap: Lap) -> Restored:
+    """Restore the newest step that any source still has, on all ranks alike. Raises SnapshotLost when all that was is gone."""
+    surveys = _survey(team, leads_node, memory)
+    looked = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
+    stored, notes = looked["step"], list(looked["problems"])
+    lap("survey")
+    distrusted: Distrusted = frozenset()
+    while True:
+        plan, reasons = plan_restore(surveys, distrusted)
+        notes += [reason for reason in reasons if reason not in notes]
+        if plan is None or (stored is not None and stored > plan.step):
+            break
+        outcomes = _from_memory(state, team, plan, surveys, leads_node, memory, lap)
+        damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
+        if not damaged:
+            _raise_first(outcomes)
+            return _restored_from(plan, surveys, team, notes)
+        notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
+        logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
+        distrusted |= {(node, plan.step) for node in damaged}
+        surveys = _survey(team, leads_node, memory)
+    if stored is not None:
+        assert checkpoints is not None
+        team.all(lambda: _from_checkpoint(state, team.rank, checkpoints, stored))
+        lap("load")
+        return Restored(step=stored, recovery=Recovery("checkpoint", "universal checkpoint", stored, notes=tuple(notes)))
+    if notes:
+        raise SnapshotLost(
+            f"snapshots exist and none can be restored: {'; '.join(notes)}. There is no checkpoint to fall back to. Bring a lost "
+            "node back with its memory, or start anew under another name (protect(name=…)) or after `holdfast down`"
+        )
+    return Restored()
+
+
+# -- looking -------------------------------------------------------------------------------------------------------------
+
+
+def _survey(team: Team, leads_node: bool, memory: Path) -> list[Survey]:
+    def ask() -> Any:
+        if not leads_node:
+            return None
+        connection = connect(memory)
+        try:
+            return connection.ask("survey")
+        finally:
+            connection.close()
+
+    return [Survey.from_json(found) for found in team.all(ask) if found is not None]
+
+
+def _newest_checkpoint(checkpoints: str | None) -> dict[str, Any]:
+    """The newest sound step, and a line for every newer one that is not."""
+    problems: list[str] = []
+    if checkpoints is not None:
+        for info in reversed(ckpt.list_steps(_directory(checkpoints))):
+            if ckpt.is_sound(info):
+                return {"step": info.step, "problems": problems}
+            problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
+    return {"step": None, "problems": problems}
+
+
+def _directory(checkpoints: str) -> Path:
+    """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
+    if "://" in checkpoints:
+        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
+    try:
+        Path(checkpoints).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return Path(checkpoints)
+
+
+# -- from memory ---------------------------------------------------------------------------------------------------------
+
+
+def _from_memory(
+    state: TrackedState, team: Team, plan: RestorePlan, surveys: list[Survey], leads_node: bool, memory: Path, lap: Lap
+) -> list[Outcome]:
+    """Rebuild what is lost, then fill every rank's tensors; how each rank fared."""
+    members = {survey.member.node: survey.member for survey in surveys}
+    own = next(node for node, member in members.items() if member.memory == str(memory))
+
+    def rebuild() -> None:
+        if not leads_node:
+            return
+        connection = connect(memory, timeout_s=3600)
+        try:
+            for item in plan.rebuilds:
+                if item.host == own:
+                    survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
+                    connection.ask(
+                        "rebuild",
+                        group=item.group.to_json(),
+                        lost=item.lost,
+                        survivors=survivors,
+                        with_parity=list(item.with_parity),
+                    )
+        finally:
+            connection.close()
+
+    team.all(rebuild)
+    lap("rebuild")
+    tables, objects = _tables(team, plan, leads_node, memory)
+
+    def load() -> None:
+        source = SlotSource(plan, members.values(), tables, host=members[own].host)
+        try:
+            for item in state.prepare(source.specs):
+                source.load(item, team.rank)
+        finally:
+            source.close()
+        state.load_texts(objects[str(team.rank if str(team.rank) in objects else team.rank % plan.world)])
+
+    outcomes = team.attempt(load)
+    lap("load")
+    return outcomes
+
+
+def _tables(team: Team, plan: RestorePlan, leads_node: bool, memory: Path) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
+    """The fragment tables and objects of all ranks at the plan's step, told by the keepers that hold them."""
+    objects: dict[str, dict[str, str]] = {}
+    mine: list[bytes] = [b""]
+
+    def ask() -> dict[str, Any] | None:
+        if not leads_node:
+            return None
+        connection = connect(memory)
+        try:
+            header, table = connection.ask("tables", step=plan.step, index=plan.index)
+            mine[0] = bytes(table)
+            return header["objects"]  # type: ignore[no-any-return]
+        finally:
+            connection.close()
+
+    for found in team.all(ask):
+        objects |= found or {}
+    tables = [FragmentTable.from_bytes(data) for data in team.gather(mine[0]) if data]
+    return FragmentTable.concat(tables), objects
+
+
+def _restored_from(plan: RestorePlan, surveys: list[Survey], team: Team, notes: list[str]) -> Restored:
+    rebuilt = [item for item in plan.rebuilds if item.host == item.lost]
+    moved = len(plan.rebuilds) > len(rebuilt)
+    same_world = plan.world == team.world
+    kind = "node" if plan.rebuilds else "trainer"
+    rung = "parity" if plan.rebuilds else "own keeper"
+    recovery = Recovery(kind, rung, plan.step, notes=tuple(notes))
+    # A step that is whole and has no parity yet gets it before the next snapshot; after a change of layout the next one does.
+    protected = plan.protected or moved or not same_world
+    return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
+
+
+def _raise_first(outcomes: list[Outcome]) -> None:
+    for rank, outcome in enumerate(outcomes):
+        if outcome.error:
+            raise ClusterError(f"rank {rank} could not restore: {outcome.error}: {outcome.message}")
+
+
+# -- from a checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int) -> None:
+    """Fill this rank's tensors from a universal checkpoint of any layout."""
+    found = ckpt.open_checkpoint(checkpoints, step)
+    held = state.prepare(found.specs)
+    staged: list[tuple[Held, Any, np.ndarray[Any, Any]]] = []
+    requests = []
+    for item in held:
+        for box in item.placement.boxes:
+            if box.size:
+                buffer = np.empty(box.size * item.local.element_size(), np.uint8)
+                requests.append((stored_name(item.name, rank, found.specs), box, buffer.data))
+                staged.append((item, box, buffer))
+    found.read_boxes(requests)
+    with torch.no_grad():
+        for item, box, buffer in staged:
+            local = item.local
+            local.copy_(torch.from_numpy(buffer).view(local.dtype).view(box.shape))
+    known = found.objects
+    state.load_texts(known[rank if rank in known else rank % max(1, len(known))])

@@ -1,0 +1,390 @@
+"""One protected run: entering restores, every step is noted, leaving settles. The object behind `with holdfast.protect(…) as run`.
+
+All agreement between ranks happens while entering, over the user's own process group. While training, a rank talks to its
+keeper only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+
+from holdfast.elastic import restore
+from holdfast.elastic.restore import Recovery, Restored
+from holdfast.elastic.team import Team
+from holdfast.environment import Environment, check_job_name, default_job_name
+from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
+from holdfast.events import arm_from_text, emit
+from holdfast.redundancy import Redundancy
+from holdfast.snapshot.capture import Capturer, Stats, plan_capture
+from holdfast.snapshot.client import Endpoint, Link, connect
+from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory
+from holdfast.snapshot.state import TrackedState
+from holdfast.snapshot.view import Member, View, effective_parity
+
+logger = logging.getLogger(__name__)
+
+LEAVING_TIMEOUT_S = 1800.0
+"""How long leaving waits for the last step to be committed and written before it says so and goes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the user chose, checked by `protect`."""
+
+    checkpoints: str | None
+    redundancy: Redundancy
+    snapshot_every: int
+    checkpoint_every: int
+    name: str | None
+    memory_dir: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this rank stands: its node, and whether it speaks for the node or for the host."""
+
+    node: int
+    nodes_here: tuple[int, ...]
+    leads_node: bool
+    leads_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one launch agent brings: how many nodes it plays, and which ones it has been before (their memory is there)."""
+
+    agent: int
+    count: int
+    known: tuple[int, ...]
+
+
+def assign_nodes(claims: Sequence[Claim]) -> dict[int, tuple[int, ...]]:
+    """The nodes of every agent. A host keeps the numbers under which it holds snapshots, wherever torchrun has put its ranks."""
+    taken: dict[int, list[int]] = {claim.agent: [] for claim in claims}
+    used: set[int] = set()
+    for claim in sorted(claims, key=lambda claim: claim.agent):
+        kept = [node for node in claim.known if node not in used][: claim.count]
+        taken[claim.agent] += kept
+        used |= set(kept)
+    free = (node for node in count() if node not in used)
+    for claim in sorted(claims, key=lambda claim: claim.agent):
+        taken[claim.agent] += [next(free) for _ in range(claim.count - len(taken[claim.agent]))]
+    return {agent: tuple(sorted(nodes)) for agent, nodes in taken.items()}
+
+
+def place_of(env: Environment, nodes: tuple[int, ...]) -> Place:
+    """Ranks of a host are dealt to its nodes in runs of equal length; the first rank of a node speaks for it."""
+    own = env.local_rank * len(nodes) // env.local_world
+    first = env.local_rank == 0 or (env.local_rank - 1) * len(nodes) // env.local_world != own
+    return Place(nodes[own], nodes, first, env.local_rank == 0)
+
+
+class Run:
+    """A protected training loop. Use as a context manager; `steps` yields the numbers of the steps still to do, from 1.
+
+    `step` is the last completed one, `recovery` says what entering had to restore (None for a fresh start), and `stats` counts
+    what this rank's snapshots came to.
+    """
+
+    def __init__(self, state: Mapping[str, Any], settings: Settings) -> None:
+        self._settings = settings
+        self._tracked = TrackedState(state)
+        self.name = check_job_name(settings.name or default_job_name(settings.checkpoints))
+        self.step = 0
+        self.recovery: Recovery | None = None
+        self._capturer: Capturer | None = None
+        self._hooks: list[Any] = []
+        self._staleness = _Staleness(self.name)
+
+    @property
+    def stats(self) -> Stats:
+        return Stats() if self._capturer is None else self._capturer.stats
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step that every node has committed: what a fault at this moment would return to."""
+        return 0 if self._capturer is None else self._capturer.link.committed_step
+
+    # -- entering --
+
+    def __enter__(self) -> Self:
+        started = time.perf_counter()
+        env = Environment.read()
+        if os.environ.get("HOLDFAST_FAULTS"):
+            arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
+        team, clock = Team(env), _Clock()
+        memory = Path(self._settings.memory_dir) if self._settings.memory_dir else env.memory
+        self._agree_on_structure(team)
+        place = self._find_place(team, env, memory)
+        clock.lap("agree")
+        nodes = list(place.nodes_here)
+        starting = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
+        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)  # type: ignore[arg-type]
+        own = node_memory(memory, self.name, place.node)
+        clock.lap("keepers")
+        restored = restore.newest(self._tracked, team, place.leads_node, own, self._settings.checkpoints, clock.lap)
+        link = team_link(team, own, env, self._room_needed(team))
+        self._join(team, place, own, restored)
+        clock.lap("join")
+        self._start(link, team.rank, restored)
+        if restored.recovery is not None:
+            self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
+            self._report(team)
+        return self
+
+    def _agree_on_structure(self, team: Team) -> None:
+        """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
+        arrays = {
+            item.name: [item.placement.spec.dtype, list(item.placement.spec.shape), list(item.placement.expected)]
+            for item in self._tracked.held()
+        }
+        mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
+        text = json.dumps(mine, sort_keys=True).encode()
+        digests = team.gather(hashlib.blake2b(text, digest_size=16).digest())
+        if len(set(digests)) > 1:
+            _compare([json.loads(item) for item in team.gather(text)])
+
+    def _find_place(self, team: Team, env: Environment, memory: Path) -> Place:
+        """The nodes of every host, agreed by all."""
+        nodes = min(self._settings.redundancy.nodes_per_host, env.local_world)
+
+        def claim() -> Any:
+            return [env.group_rank, nodes, known_nodes(memory, self.name)] if env.local_rank == 0 else None
+
+        claims = [Claim(agent, number, tuple(known)) for agent, number, known in filter(None, team.all(claim))]
+        return place_of(env, assign_nodes(claims)[env.group_rank])
+
+    def _room_needed(self, team: Team) -> int:
+        """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
+        held = self._tracked.held()
+        nbytes = plan_capture(held, team.rank).nbytes
+        if not any(optimizer.state for optimizer in self._tracked.optimizers.values()):
+            nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).nbytes
+        return nbytes
+
+    def _join(self, team: Team, place: Place, memory: Path, restored: Restored) -> None:
+        """All keepers enter the same new epoch; from here on the dead of the last one are refused."""
+
+        def describe() -> dict[str, Any]:
+            found = Endpoint.read(memory).member
+            with _asking(memory) as ask:
+                epoch = ask("survey")["epoch"]
+            return {"node": place.node, "rank": team.rank, "member": found.to_json(), "epoch": epoch}
+
+        told = team.all(describe)
+        members: dict[int, Member] = {}
+        for item in told:
+            ranks = tuple(other["rank"] for other in told if other["node"] == item["node"])
+            members[item["node"]] = Member.from_json({**item["member"], "ranks": ranks})
+        redundancy = self._settings.redundancy
+        view = View(
+            job=self.name,
+            epoch=max(item["epoch"] for item in told) + 1,
+            world=team.world,
+            members=tuple(members[node] for node in sorted(members)),
+            parity=redundancy.parity,
+            group_size=redundancy.group_size,
+            every=self._settings.snapshot_every,
+            checkpoint_every=self._settings.checkpoint_every,
+            checkpoints=self._settings.checkpoints,
+            committed=restored.step,
+            index=restored.index,
+            protected=restored.protected,
+            in_memory=restored.in_memory,
+        )
+        if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
+            logger.warning(
+                "%d node(s) hold this run: snapshots survive a dying trainer, but not %d lost node(s); only checkpoints do",
+                len(members),
+                redundancy.parity,
+            )
+
+        def enter() -> None:
+            if place.leads_node:
+                with _asking(memory) as ask:
+                    ask("join", view=view.to_json())
+
+        def begin() -> None:
+            if place.leads_node and place.node == view.coordinator:
+                with _asking(memory) as ask:
+                    ask("begin")
+
+        team.all(enter)
+        team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
+
+    def _start(self, link: Link, rank: int, restored: Restored) -> None:
+        self.step = restored.step
+        link.page["completed"] = self.step
+        self._capturer = Capturer(self._tracked, link, rank)
+        for optimizer in self._tracked.optimizers.values():
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
+
+    def _report(self, team: Team) -> None:
+        recovery = self.recovery
+        assert recovery is not None
+        emit("recovery.done", job=self.name, rank=team.rank, step=recovery.step, rung=recovery.rung, seconds=recovery.seconds)
+        if team.rank == 0:
+            logger.info("%s", recovery)
+
+    # -- training --
+
+    def steps(self, until: int) -> Iterator[int]:
+        """Yield step+1 … `until`, each noted as done when the loop asks for the next."""
+        while self.step < until:
+            yield self.step + 1
+            self.step_done()
+
+    def step_done(self) -> None:
+        """Note that one more step is complete, and let it be captured. For loops that do not use `steps`."""
+        capturer = self._running()
+        started = time.perf_counter()
+        self.step += 1
+        capturer.step_done(self.step)
+        self._staleness.look(capturer.link.page["committed"], self.step)
+        capturer.stats.stall_s += time.perf_counter() - started
+
+    def _fence(self) -> None:
+        if self._capturer is not None:
+            self._capturer.fence()
+
+    def _running(self) -> Capturer:
+        if self._capturer is None:
+            raise StateError("this run has not been entered; use it as `with holdfast.protect(…) as run:`")
+        return self._capturer
+
+    # -- leaving --
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        capturer = self._running()
+        try:
+            capturer.settle()
+            if kind is None:
+                self._finish(capturer)
+        except KeeperUnreachable as problem:
+            logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            capturer.close()
+            capturer.link.close()
+
+    def _finish(self, capturer: Capturer) -> None:
+        """Let the last step be captured, committed and written; the keepers then give the memory back."""
+        page = capturer.link.page
+        epoch = page["epoch"]
+        capturer.link.finishing(self.step, keep=self._settings.checkpoints is not None)
+        started = asked = time.monotonic()
+        while page["stopped"] != epoch:
+            capturer.step_done(self.step)
+            time.sleep(0.005)
+            now = time.monotonic()
+            if now - asked > 1:
+                asked = now
+                connect(capturer.link.memory, timeout_s=60).close()  # raises when the keeper is no longer there to answer
+            if now - started > LEAVING_TIMEOUT_S:
+                logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
+                return
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class _Staleness:
+    """Says so, once a minute, when snapshots have stopped being committed; a gap nobody hears of costs the most."""
+
+    STEPS, SECONDS = 20, 60.0
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._committed, self._since = 0, time.monotonic()
+
+    def look(self, committed: int, step: int) -> None:
+        now = time.monotonic()
+        if committed != self._committed:
+            self._committed, self._since = committed, now
+        elif step - committed > self.STEPS and now - self._since > self.SECONDS:
+            logger.warning(
+                "%s: no snapshot has been committed since step %d, now at %d; see `holdfast status` and the keepers' logs",
+                self._name,
+                committed,
+                step,
+            )
+            emit("snapshot.stale", job=self._name, committed=committed, step=step)
+            self._since = now
+
+
+class _asking:  # noqa: N801 - read as a verb: with _asking(memory) as ask
+    """One short conversation with a keeper."""
+
+    def __init__(self, memory: Path) -> None:
+        self._connection = connect(memory, timeout_s=600)
+
+    def __enter__(self) -> Callable[..., Any]:
+        return self._connection.ask
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+
+def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:
+    """Reserve this rank's slots; when one rank cannot, none goes on."""
+    links: list[Link] = []
+    try:
+        team.all(lambda: links.append(Link(memory, team.rank, env.launch, nbytes)))
+    except HoldfastError:
+        for link in links:
+            link.close()
+        raise
+    return links[0]
+
+
+def _compare(ranks: list[dict[str, Any]]) -> None:
+    """Raise LayoutMismatch for the first thing about which two ranks disagree; layouts that differ by design pass."""
+    first = ranks[0]
+    for rank, other in enumerate(ranks):
+        if other["objects"] != first["objects"]:
+            raise LayoutMismatch(
+                f"rank 0 protects {first['objects']}, rank {rank} {other['objects']}; give every rank the same objects"
+            )
+        if (other["name"], other["settings"]) != (first["name"], first["settings"]):
+            raise ConfigError(
+                f"rank 0 and rank {rank} call protect() with different settings: {first['name']}, {first['settings']} and "
+                f"{other['name']}, {other['settings']}"
+            )
+    known: dict[str, tuple[int, Any]] = {}
+    for rank, one in enumerate(ranks):
+        for name, (dtype, shape, expected) in one["arrays"].items():
+            before = known.setdefault(name, (rank, [dtype, shape]))
+            if before[1] != [dtype, shape]:
+                raise LayoutMismatch(
+                    f"{name} is {before[1][0]}{before[1][1]} on rank {before[0]} and {dtype}{shape} on rank {rank}; all ranks have "
+                    "to build the same model"
+                )
+            lacking = [holder for holder in expected if name not in ranks[holder]["arrays"]]
+            if lacking:
+                raise LayoutMismatch(
+                    f"{name} is on rank {rank} and missing on rank {lacking[0]}, which its layout says holds a part"
+                )

@@ -1,0 +1,86 @@
+"""The ranks of a job deciding together, at the start and never while it trains.
+
+Whatever one rank finds wrong, every rank hears of, so that all stop with a clear error and none waits for one that has gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from holdfast.environment import Environment
+from holdfast.errors import ClusterError, ConfigError, HoldfastError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one rank's part of a common action came to: a plain value, or an error in words (`node`: whom it blames)."""
+
+    value: Any = None
+    error: str = ""
+    message: str = ""
+    node: int | None = None
+
+
+class Team:
+    """All ranks of the default process group, or this process alone. Raises ConfigError where a group is lacking."""
+
+    def __init__(self, env: Environment) -> None:
+        self.grouped = dist.is_available() and dist.is_initialized()
+        if env.world > 1 and not self.grouped:
+            raise ConfigError(
+                f"this is rank {env.rank} of {env.world} and torch.distributed has no process group; call "
+                "torch.distributed.init_process_group() before protect()"
+            )
+        self.rank = dist.get_rank() if self.grouped else 0
+        self.world = dist.get_world_size() if self.grouped else 1
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """What every rank gave, in the order of ranks. Blocks until all have."""
+        if self.world == 1:
+            return [data]
+        device = _device()
+        size = torch.tensor([len(data)], dtype=torch.int64, device=device)
+        sizes = [torch.zeros_like(size) for _ in range(self.world)]
+        dist.all_gather(sizes, size)
+        longest = max(int(item) for item in sizes)
+        padded = torch.zeros(max(longest, 1), dtype=torch.uint8, device=device)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        parts = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(parts, padded)
+        return [part[: int(item)].cpu().numpy().tobytes() for part, item in zip(parts, sizes, strict=True)]
+
+    def attempt(self, action: Callable[[], Any]) -> list[Outcome]:
+        """Every rank does its part; all learn how each fared. Values have to be plain JSON."""
+        try:
+            mine: dict[str, Any] = {"value": action()}
+        except (HoldfastError, OSError) as error:
+            self._error: BaseException | None = error
+            mine = {"error": type(error).__name__, "message": str(error), "node": getattr(error, "node", None)}
+        else:
+            self._error = None
+        return [Outcome(**json.loads(item)) for item in self.gather(json.dumps(mine).encode())]
+
+    def all(self, action: Callable[[], Any]) -> list[Any]:
+        """Every rank's value; when one failed, it raises its own error and the others say whose it was."""
+        outcomes = self.attempt(action)
+        if self._error is not None:
+            raise self._error
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error:
+                raise ClusterError(f"rank {rank} stopped the start with {outcome.error}: {outcome.message}")
+        return [outcome.value for outcome in outcomes]
+
+
+def _device() -> torch.device:
+    backend = str(dist.get_backend_config()) if hasattr(dist, "get_backend_config") else str(dist.get_backend())
+    on_cpu = "cpu" in backend or "gloo" in backend
+    return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())

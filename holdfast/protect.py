@@ -1,0 +1,59 @@
+"""The context manager around the training loop: the one thing most users ever call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from holdfast.errors import ConfigError
+from holdfast.redundancy import Redundancy
+
+if TYPE_CHECKING:
+    from holdfast.elastic.session import Run
+
+
+def protect(
+    state: Mapping[str, Any],
+    *,
+    checkpoints: str | None = None,
+    redundancy: Redundancy | None = None,
+    snapshot_every: int | str = "auto",
+    checkpoint_every: int | str = "auto",
+    name: str | None = None,
+    memory_dir: str | None = None,
+) -> Run:
+    """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
+
+    `state` maps short names to anything with `state_dict` and `load_state_dict`; random generators are added by themselves.
+    Entering blocks: it starts or finds the keepers, restores, and reserves memory. In the loop a step costs about a millisecond.
+    Leaving after the last step waits until that step is committed (and is a checkpoint, where `checkpoints` is given), then
+    gives the memory back; leaving by an exception keeps the snapshots for the next start.
+
+    snapshot_every: a number of steps, or "auto": as often as the keepers can follow.
+    checkpoint_every: a number of steps, or "auto": 1000; the last step always becomes a checkpoint.
+    name: what a restart finds its snapshots by; by default derived from `checkpoints`, or from the script and its arguments.
+    memory_dir: where slots live, /dev/shm by default.
+
+    Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
+    OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
+    """
+    from holdfast.elastic.session import Run, Settings
+
+    every = _steps("snapshot_every", snapshot_every, auto=1)
+    settings = Settings(
+        checkpoints=None if checkpoints is None else str(checkpoints),
+        redundancy=redundancy or Redundancy(),
+        snapshot_every=every,
+        checkpoint_every=_steps("checkpoint_every", checkpoint_every, auto=1000),
+        name=name,
+        memory_dir=memory_dir,
+    )
+    return Run(state, settings)
+
+
+def _steps(name: str, value: int | str, *, auto: int) -> int:
+    if value == "auto":
+        return auto
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} takes a number of steps from 1 on, or 'auto'; got {value!r}")
+    return value

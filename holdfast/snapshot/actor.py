@@ -1,0 +1,93 @@
+"""The keeper as a Ray actor: detached, named, pinned to its node, started again by Ray when it dies.
+
+Ray is the control plane only: it places the process and restarts it. What the keeper holds lives in /dev/shm, and what it says to
+others goes over its own sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from holdfast.errors import RayUnreachable
+from holdfast.snapshot.host import LOG_FORMAT, arm_faults, lower_priority
+
+NAMESPACE = "holdfast"
+
+
+def actor_name(job: str, node: int) -> str:
+    return f"{job}/node-{node}"
+
+
+class KeeperActor:
+    """Hosts one Keeper. Ray builds it again after a crash, and the keeper adopts the slots that it finds."""
+
+    def __init__(self, job: str, node: int, memory: str, bind: str) -> None:
+        from holdfast.snapshot.keeper import Keeper
+
+        logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+        lower_priority()
+        arm_faults(node)
+        self._keeper = Keeper(job, node, Path(memory), bind=bind)
+        threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
+
+    def ready(self) -> int:
+        return self._keeper.node
+
+    def _leave(self, name: str) -> None:
+        """When the keeper closes, this actor ends for good; an exit alone would make Ray start it again."""
+        self._keeper.wait()
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+
+
+def start_keepers(address: str, job: str, nodes: list[tuple[int, str]], bind: str) -> None:
+    """Have a keeper actor for every (node, memory) on this host; waits until each serves. Raises RayUnreachable."""
+    connect(address)
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        placement = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
+        actors = [
+            ray.remote(KeeperActor)
+            .options(
+                name=actor_name(job, node),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=placement,
+            )
+            .remote(job, node, memory, bind)
+            for node, memory in nodes
+        ]
+        ray.get([actor.ready.remote() for actor in actors], timeout=120)  # type: ignore[attr-defined]
+    except (ray.exceptions.RayError, OSError, ValueError) as error:
+        raise RayUnreachable(f"Ray at {address} could not start the keepers of {job}: {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def kill_keepers(address: str) -> None:
+    """End every keeper actor of this cluster for good."""
+    connect(address)
+    try:
+        for entry in ray.util.list_named_actors(all_namespaces=True):
+            if entry["namespace"] == NAMESPACE:
+                ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE), no_restart=True)
+    finally:
+        ray.shutdown()
+
+
+def connect(address: str) -> None:
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
+    try:
+        ray.init(address=address, namespace=NAMESPACE, **options)
+    except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
+        raise RayUnreachable(
+            f"no Ray answers at {address} ({error}); check the address, or unset RAY_ADDRESS so that a local Ray is started"
+        ) from error

@@ -1,0 +1,146 @@
+"""A trainer's side of its keeper: the socket, the control page and the slots it writes into."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.arrays import FragmentTable
+from holdfast.errors import KeeperUnreachable, MissingData
+from holdfast.snapshot.control import ControlPage
+from holdfast.snapshot.exchange import slot_name
+from holdfast.snapshot.keeper import ENDPOINT, SOCKET
+from holdfast.snapshot.slots import HEADER_NBYTES
+from holdfast.snapshot.view import Member
+from holdfast.snapshot.wire import Connection
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How processes of this host find the keeper of a node: by the file it leaves in the node's memory."""
+
+    member: Member
+    pid: int
+
+    @classmethod
+    def read(cls, memory: Path) -> Endpoint:
+        try:
+            fields = json.loads((memory / ENDPOINT).read_text())
+            return cls(pid=fields.pop("pid"), member=Member.from_json(fields))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise KeeperUnreachable(f"no keeper has left its address in {memory} ({error})") from error
+
+
+def connect(memory: Path, *, timeout_s: float = 60.0) -> Connection:
+    """A connection to the keeper that serves `memory` on this host. Raises KeeperUnreachable."""
+    endpoint = Endpoint.read(memory)
+    return Connection(str(memory / SOCKET), endpoint.member.token, timeout_s=timeout_s)
+
+
+class Link:
+    """What one rank needs of its keeper while it trains. Not for two threads at once, but for the words of `page`."""
+
+    def __init__(self, memory: Path, rank: int, launch: str, body_nbytes: int) -> None:
+        self.memory, self.rank = memory, rank
+        self._connection = connect(memory)
+        answer = self._connection.ask("attach", rank=rank, pid=os.getpid(), launch=launch, body_nbytes=body_nbytes)
+        self.page = ControlPage(Path(answer["control"]))
+        self.page["pid"] = os.getpid()
+        self._bodies: dict[int, _SlotBody] = {}
+        self._known_layout = ""
+        self._closed = False
+        self._committed = 0
+
+    @property
+    def committed_step(self) -> int:
+        """The newest step that all nodes have committed; after `close`, what it was then."""
+        if not self._closed:
+            self._committed = self.page["committed"]
+        return self._committed
+
+    def body(self, index: int, nbytes: int) -> memoryview:
+        """The writable body of slot `index` with room for `nbytes`; the keeper makes a larger one where it is too small."""
+        found = self._bodies.get(index)
+        if found is None or not found.is_current():
+            found = self._open(index)
+        if len(found.body) < nbytes:
+            self._connection.ask("reserve", rank=self.rank, index=index, body_nbytes=nbytes)
+            found = self._open(index)
+        return found.body
+
+    def _open(self, index: int) -> _SlotBody:
+        old = self._bodies.pop(index, None)
+        if old is not None:
+            old.close()
+        self._bodies[index] = _SlotBody(self.memory / slot_name(self.rank, index))
+        return self._bodies[index]
+
+    def filled(self, step: int, index: int, nbytes: int, layout: str, table: FragmentTable, objects: dict[str, str]) -> bool:
+        """Hand a captured snapshot to the keeper; False when its round has been given up meanwhile."""
+        for _ in range(2):
+            head = b"" if layout == self._known_layout else table.to_bytes()
+            payload = len(head).to_bytes(8, "little") + head + json.dumps(objects).encode()
+            fields: dict[str, Any] = {
+                "rank": self.rank,
+                "step": step,
+                "index": index,
+                "payload_nbytes": nbytes,
+                "layout": layout,
+            }
+            answer = self._connection.ask("filled", payload, **fields)
+            self._known_layout = "" if answer.get("table") else layout
+            if not answer.get("table"):
+                return bool(answer["taken"])
+        return False
+
+    def give_up(self, step: int, reason: str) -> None:
+        self._connection.ask("give_up", rank=self.rank, step=step, reason=reason)
+
+    def finishing(self, step: int, keep: bool) -> None:
+        self._connection.ask("finishing", rank=self.rank, step=step, keep=keep)
+
+    def ask(self, verb: str, **fields: Any) -> Any:
+        return self._connection.ask(verb, **fields)
+
+    def close(self) -> None:
+        for body in self._bodies.values():
+            body.close()
+        self._bodies.clear()
+        self._committed, self._closed = self.committed_step, True
+        self.page.close()
+        self._connection.close()
+
+
+class _SlotBody:
+    """The trainer's writable mapping of a slot's body; the header page stays the keeper's."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            fd = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise MissingData(f"slot {path} is gone ({error.strerror})") from error
+        try:
+            self._inode = os.fstat(fd).st_ino
+            self._map = mmap.mmap(fd, os.fstat(fd).st_size, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        finally:
+            os.close(fd)
+        self.body = memoryview(self._map)[HEADER_NBYTES:]
+
+    def is_current(self) -> bool:
+        """False once the keeper has put another file in this one's place."""
+        try:
+            return os.stat(self._path).st_ino == self._inode
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        try:
+            self.body.release()
+            self._map.close()
+        except BufferError:
+            pass  # a view is still held; the mapping goes with it

@@ -1,0 +1,405 @@
+"""The processes around a run on one host: a local Ray started as a daemon, the keepers in it, and what is to be seen of them.
+
+A trainer never becomes a Ray driver. One process per host looks whether the keepers of its nodes answer on their sockets, and only
+where one does not, a short-lived helper process talks to Ray.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.environment import Environment, home, runtime_dir
+from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
+from holdfast.snapshot.client import connect
+
+logger = logging.getLogger(__name__)
+
+STARTUP_TIMEOUT_S = 120.0
+OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
+
+
+# -- keepers -------------------------------------------------------------------------------------------------------------
+
+
+def node_memory(memory: Path, job: str, node: int) -> Path:
+    return home(memory) / job / f"node-{node}"
+
+
+def known_nodes(memory: Path, job: str) -> list[int]:
+    """The nodes of the run that have memory on this host."""
+    return sorted(int(place.name.removeprefix("node-")) for place in (home(memory) / job).glob("node-*"))
+
+
+def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+    """See that every one of `nodes` on this host has a keeper that answers; starts what is missing and waits for it.
+
+    `kind` is "ray" or "process". Raises RayUnreachable, KeeperUnreachable or ConfigError.
+    """
+    if kind not in ("ray", "process"):
+        raise ConfigError(f"keepers can be 'ray' actors or a plain 'process'; {kind!r} is neither")
+    _check_memory(memory)
+    places = {node: node_memory(memory, job, node) for node in nodes}
+    with _host_lock():
+        missing = [node for node, place in places.items() if not _answers(place)]
+        if missing and kind == "ray":
+            _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
+        elif missing:
+            for node in missing:
+                _start_process(job, node, places[node], bind)
+        deadline = time.monotonic() + STARTUP_TIMEOUT_S
+        for node in missing:
+            _wait_for(node, places[node], deadline)
+
+
+def _check_memory(memory: Path) -> None:
+    if not os.access(memory, os.W_OK | os.X_OK) or not memory.is_dir():
+        raise ConfigError(f"slots cannot live in {memory}: it is not a directory that this user may write to")
+
+
+def _answers(place: Path) -> bool:
+    try:
+        connection = connect(place, timeout_s=5)
+        try:
+            connection.ask("ping")
+        finally:
+            connection.close()
+    except HoldfastError:
+        return False
+    return True
+
+
+def _wait_for(node: int, place: Path, deadline: float) -> None:
+    while not _answers(place):
+        if time.monotonic() > deadline:
+            raise KeeperUnreachable(
+                f"the keeper of node {node} was started and does not answer in {place}; its log is in {runtime_dir()} or in Ray's"
+            )
+        time.sleep(0.05)
+
+
+def _start_process(job: str, node: int, place: Path, bind: str) -> None:
+    log = runtime_dir() / f"keeper-{job}-{node}.log"
+    with log.open("ab") as output:
+        subprocess.Popen(
+            [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=_environment(),
+        )
+
+
+def _start_in_ray(job: str, nodes: list[tuple[int, str]], ray_address: str | None, bind: str) -> None:
+    address = ray_address or _local_ray()
+    request = json.dumps({"address": address, "job": job, "nodes": nodes, "bind": bind})
+    _in_helper("start", request)
+
+
+def _in_helper(verb: str, request: str) -> None:
+    """Run one Ray operation in a process of its own, which hands its error back as words."""
+    done = subprocess.run(
+        [sys.executable, "-m", "holdfast.snapshot.cluster", verb],
+        input=request,
+        capture_output=True,
+        text=True,
+        timeout=STARTUP_TIMEOUT_S * 2,
+        env=_environment(),
+        check=False,
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise RayUnreachable(lines[-1].removeprefix("RayUnreachable: "))
+
+
+def _environment() -> dict[str, str]:
+    """The caller's environment, with this package found wherever it was imported from, and without torchrun's variables."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)), "RAY_DEDUP_LOGS": "0"}
+
+
+# -- the local Ray ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRay:
+    """The Ray that holdfast started on this host: its address and the process whose end ends all of it."""
+
+    address: str
+    pid: int
+
+    @property
+    def alive(self) -> bool:
+        try:
+            os.kill(self.pid, 0)
+        except OSError:
+            return False
+        return b"ray" in Path(f"/proc/{self.pid}/cmdline").read_bytes()
+
+
+def local_ray() -> LocalRay | None:
+    """The recorded local Ray, when it is alive."""
+    try:
+        found = LocalRay(**json.loads((runtime_dir() / "ray.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if found.alive else None
+
+
+def _local_ray() -> str:
+    found = local_ray() or _start_ray()
+    return found.address
+
+
+def _start_ray() -> LocalRay:
+    """A Ray head that outlives this process and serves nobody but the keepers."""
+    place = runtime_dir()
+    port = _free_port()
+    log = (place / "ray.log").open("wb")
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+        *(f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=1"),
+        *(f"--object-store-memory={OBJECT_STORE_NBYTES}", f"--temp-dir={place / 'ray'}"),
+    ]
+    environ = {**_environment(), "RAY_memory_monitor_refresh_ms": "0"}
+    with log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environ
+        )
+    started = LocalRay(f"127.0.0.1:{port}", process.pid)
+    deadline = time.monotonic() + STARTUP_TIMEOUT_S
+    while not _listens(port):
+        if process.poll() is not None or time.monotonic() > deadline:
+            tail = (place / "ray.log").read_text(errors="replace").strip().splitlines()[-3:]
+            raise RayUnreachable(
+                f"a local Ray did not start ({' / '.join(tail) or 'no output'}); its log is {place / 'ray.log'}"
+            )
+        time.sleep(0.1)
+    (place / "ray.json").write_text(json.dumps({"address": started.address, "pid": started.pid}))
+    logger.info("started a local Ray at %s (pid %d)", started.address, started.pid)
+    return started
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as sock:
+        sock.settimeout(1)
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def _host_lock() -> Iterator[None]:
+    """One starter at a time on this host."""
+    place = runtime_dir()
+    place.mkdir(mode=0o700, exist_ok=True)
+    if place.stat().st_uid != os.getuid():
+        raise ConfigError(f"{place} belongs to another user; remove it")
+    with (place / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+# -- up, down, status ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    node: int
+    pid: int
+    alive: bool
+    memory: str
+    nbytes: int
+    epoch: int
+    committed_step: int
+    committed_age_s: float | None
+    checkpoint_step: int
+    survivable_losses: int
+    ranks: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class JobStatus:
+    """One run as its keepers on this host see it. `committed_step` is the newest that all of them have committed."""
+
+    name: str
+    epoch: int
+    committed_step: int
+    checkpoint_step: int
+    survivable_losses: int
+    nodes: list[NodeStatus]
+
+
+def status(name: str | None = None, *, memory: Path | None = None) -> list[JobStatus]:
+    """Every run with keepers on this host, or the one called `name`."""
+    base = home(memory or Environment.read().memory)
+    jobs = sorted(path for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
+    return [_job_status(path) for path in jobs if name is None or path.name == name]
+
+
+def _job_status(place: Path) -> JobStatus:
+    nodes = [_node_status(path) for path in sorted(place.glob("node-*"), key=lambda path: int(path.name.removeprefix("node-")))]
+    alive = [node for node in nodes if node.alive]
+    return JobStatus(
+        name=place.name,
+        epoch=max((node.epoch for node in alive), default=0),
+        committed_step=min((node.committed_step for node in alive), default=0),
+        checkpoint_step=max((node.checkpoint_step for node in alive), default=0),
+        survivable_losses=min((node.survivable_losses for node in alive), default=0),
+        nodes=nodes,
+    )
+
+
+def _node_status(place: Path) -> NodeStatus:
+    node = int(place.name.removeprefix("node-"))
+    try:
+        connection = connect(place, timeout_s=5)
+        try:
+            found = connection.ask("status")
+        finally:
+            connection.close()
+    except HoldfastError:
+        return NodeStatus(node, 0, False, str(place), _size(place), 0, 0, None, 0, 0, {})
+    return NodeStatus(
+        node=node,
+        pid=found["pid"],
+        alive=True,
+        memory=str(place),
+        nbytes=found["nbytes"],
+        epoch=found["epoch"],
+        committed_step=found["committed_step"],
+        committed_age_s=found["committed_age_s"],
+        checkpoint_step=found["checkpoint_step"],
+        survivable_losses=found["survivable_losses"],
+        ranks={int(rank): pid for rank, pid in found["ranks"].items()},
+    )
+
+
+def has_trainers(job: JobStatus) -> bool:
+    """Some rank of the run is alive on this host."""
+    return any(not _gone(pid) for node in job.nodes for pid in node.ranks.values())
+
+
+def _size(place: Path) -> int:
+    return sum(path.stat().st_size for path in place.glob("*") if path.is_file())
+
+
+def up() -> LocalRay:
+    """Start the local Ray, or find the one that runs."""
+    with _host_lock():
+        return local_ray() or _start_ray()
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What `down` ended and removed."""
+
+    keepers: int
+    ray: bool
+    nbytes: int
+
+
+def down(*, memory: Path | None = None, ray_address: str | None = None) -> Cleared:
+    """End every keeper of this user on this host and the local Ray, and remove their memory and files.
+
+    Snapshots in memory are gone afterwards; checkpoints are not touched.
+    """
+    with _host_lock():
+        memory = memory or Environment.read().memory
+        base = home(memory)
+        nbytes = sum(_size(place) for place in base.glob("*/node-*"))
+        nodes = [node for job in status(memory=memory) for node in job.nodes if node.alive]
+        ray = local_ray()
+        for address in filter(None, [ray.address if ray else None, ray_address]):
+            _in_helper("kill", json.dumps({"address": address}))
+        for node in nodes:
+            _end(node.pid)
+        if ray is not None:
+            _end_session(ray.pid)
+        shutil.rmtree(base, ignore_errors=True)
+    shutil.rmtree(runtime_dir(), ignore_errors=True)
+    return Cleared(len(nodes), ray is not None, nbytes)
+
+
+def _end(pid: int) -> None:
+    _signal_until_gone(pid, lambda number: os.kill(pid, number))
+
+
+def _end_session(pid: int) -> None:
+    """Ray's head with all its processes: they share the session that was made for them, whatever groups they are in."""
+    members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _session(path) == pid]
+    _signal_until_gone(pid, lambda number: os.kill(pid, number))
+    for member in members:
+        _end(member)
+
+
+def _session(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[3])
+    except (OSError, ValueError, IndexError):
+        return -1
+
+
+def _signal_until_gone(pid: int, send: Any, *, patience_s: float = 10.0) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            send(number)
+        except ProcessLookupError:
+            return
+        deadline = time.monotonic() + patience_s
+        while time.monotonic() < deadline:
+            if _gone(pid):
+                return
+            time.sleep(0.05)
+    raise ClusterError(f"process {pid} cannot be ended")
+
+
+def _gone(pid: int) -> bool:
+    with suppress(OSError):
+        os.waitpid(pid, os.WNOHANG)  # ours, where we started it; a zombie would count as alive
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+# -- the helper process ------------------------------------------------------------------------------------------------------
+
+
+def _helper(verb: str) -> int:
+    from holdfast.snapshot import actor
+
+    request = json.loads(sys.stdin.read())
+    try:
+        if verb == "start":
+            nodes = [(int(node), str(memory)) for node, memory in request["nodes"]]
+            actor.start_keepers(request["address"], request["job"], nodes, request["bind"])
+        else:
+            actor.kill_keepers(request["address"])
+    except HoldfastError as error:
+        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_helper(sys.argv[1]))

@@ -1,0 +1,50 @@
+"""One page that a trainer and its keeper share: where the trainer is, and which step it should capture next.
+
+Every word is an aligned 64-bit integer with a single writer, so neither side ever waits for the other. The training loop reads
+one word per step; that is all a step without a snapshot costs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from pathlib import Path
+
+NBYTES = 4096
+
+# word -> who writes it
+_TRAINER = {"pid": 0, "completed": 1, "finishing": 2}
+_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12}
+_WORDS = _TRAINER | _KEEPER
+
+
+class ControlPage:
+    """The shared page of one rank, as named integers. All words are zero until somebody has set them."""
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        fd = os.open(path, os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+        try:
+            if create:
+                os.posix_fallocate(fd, 0, NBYTES)
+            self._map = mmap.mmap(fd, NBYTES)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("Q")
+
+    def __getitem__(self, word: str) -> int:
+        return self._words[_WORDS[word]]
+
+    def __setitem__(self, word: str, value: int) -> None:
+        self._words[_WORDS[word]] = value
+
+    @property
+    def target(self) -> tuple[int, int]:
+        """The step to capture and the slot it goes to; one word, so that both change together."""
+        return self["target"] >> 1, self["target"] & 1
+
+    def set_target(self, step: int, index: int) -> None:
+        self["target"] = step << 1 | index
+
+    def close(self) -> None:
+        self._words.release()
+        self._map.close()

@@ -1,0 +1,275 @@
+"""Which step is snapshotted next, and when it counts: the commit protocol of one job as a table of states and events.
+
+Pure: no clock, no sockets. The keeper of the lowest node feeds it events and carries out the actions. Losing it loses nothing,
+because recovery reads the slots' headers and never asks a coordinator.
+
+A step can only be committed when every rank has captured that same step. Ranks run freely, so the coordinator names a step that
+lies ahead of all of them; a rank that had already passed it says so, the round is given up, and the next one aims further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+LEAD_LIMIT = 256
+"""Furthest that a target may lie ahead of the newest completed step. Reached only when steps are far shorter than messages."""
+
+CALM_ROUNDS = 16
+"""Commits in a row without a missed target before the next target is named one step closer."""
+
+
+class Phase(Enum):
+    """WAITING for all keepers to enter the epoch · FILLING: a step is announced · COMMITTING: all encoded it · IDLE · STOPPED."""
+
+    WAITING = "waiting"
+    FILLING = "filling"
+    COMMITTING = "committing"
+    IDLE = "idle"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """Every keeper has entered the epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    node: int
+    step: int
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A rank of the node cannot deliver `step`: it passed it, or its capture saw a mutation."""
+
+    node: int
+    step: int
+    progress: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    node: int
+    step: int
+    progress: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpillEnded:
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finishing:
+    """All ranks of the node have ended their loop at `step`; with `keep` they wait for that step to be committed."""
+
+    node: int
+    step: int
+    keep: bool
+
+
+Input = Begin | Encoded | GivenUp | Acknowledged | SpillEnded | Finishing
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Every node: empty slot `index` and have every rank capture `step` into it."""
+
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Protect:
+    """The restored `step` in slot `index` is whole on every node but has no parity yet: compute it before anything else."""
+
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Write the committed `step` in slot `index` as a universal checkpoint; the slot is not refilled before SpillEnded."""
+
+    step: int
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run has ended on every node."""
+
+
+Action = Announce | Protect | Commit | Spill | Stop
+
+
+class ProtocolError(RuntimeError):
+    """An event that the current state does not expect."""
+
+
+class Coordinator:
+    """One epoch's protocol. `feed` takes an event and returns what to do now."""
+
+    def __init__(
+        self,
+        nodes: Iterable[int],
+        *,
+        every: int,
+        checkpoint_every: int,
+        committed: int = 0,
+        index: int = 1,
+        protected: bool = True,
+    ) -> None:
+        self.nodes = frozenset(nodes)
+        self.every, self.checkpoint_every = every, checkpoint_every
+        self.committed, self.index = committed, index
+        self._unprotected = not protected
+        self.phase = Phase.WAITING
+        self.step = 0
+        self.lead = 1
+        self.given_up = 0
+        self._spilled = committed
+        self._spilling: int | None = None
+        self._waiting: set[int] = set()
+        self._progress = committed
+        self._calm = 0
+        self._finishing: dict[int, Finishing] = {}
+
+    def feed(self, event: Input) -> list[Action]:
+        try:
+            handle = _TABLE[self.phase, type(event)]
+        except KeyError:
+            raise ProtocolError(f"{event} is not expected while {self.phase.value}") from None
+        return handle(self, event)
+
+    # -- one method for each cell of the table --
+
+    def _begin(self, event: Begin) -> list[Action]:
+        return self._protect() if self._unprotected else self._next()
+
+    def _encoded(self, event: Encoded) -> list[Action]:
+        self._progress = max(self._progress, event.progress)
+        if event.step != self.step:
+            return []
+        self._waiting.discard(event.node)
+        if self._waiting:
+            return []
+        self.phase, self._waiting = Phase.COMMITTING, set(self.nodes)
+        return [Commit(self.step, 1 - self.index)]
+
+    def _give_up(self, event: GivenUp) -> list[Action]:
+        self._progress = max(self._progress, event.progress)
+        if event.step != self.step:
+            return []
+        self.given_up += 1
+        self._calm = 0
+        if event.reason == "passed":
+            self.lead = min(self.lead * 2, LEAD_LIMIT)
+        return self._next()
+
+    def _acknowledged(self, event: Acknowledged) -> list[Action]:
+        self._progress = max(self._progress, event.progress)
+        if event.step != self.step:
+            return []
+        self._waiting.discard(event.node)
+        if self._waiting:
+            return []
+        # Only now may the older slot be refilled: every node has the newer one committed.
+        self.committed, self.index = self.step, 1 - self.index
+        self._calm += 1
+        if self._calm >= CALM_ROUNDS:
+            self.lead, self._calm = max(1, self.lead - 1), 0
+        return self._spill() + self._next()
+
+    def _spill_ended(self, event: SpillEnded) -> list[Action]:
+        self._spilling = None
+        return self._spill() + (self._next() if self.phase is Phase.IDLE else [])
+
+    def _finish(self, event: Finishing) -> list[Action]:
+        self._finishing[event.node] = event
+        self._progress = max(self._progress, event.step)
+        return self._next() if self.phase is Phase.IDLE else []
+
+    def _finish_while_filling(self, event: Finishing) -> list[Action]:
+        self._finish(event)
+        passed = self.step > event.step  # a node that has ended will never reach the announced step
+        return self._next() if passed else []
+
+    def _ignore(self, event: Input) -> list[Action]:
+        return []
+
+    # -- what follows --
+
+    def _next(self) -> list[Action]:
+        """Announce the next step, or wait for what stands in its way."""
+        self.phase = Phase.IDLE
+        if len(self._finishing) == len(self.nodes):
+            return self._last()
+        if self._finishing or self._spilling == 1 - self.index:
+            return []
+        ahead = self._progress + self.lead
+        return self._announce(-(-ahead // self.every) * self.every)
+
+    def _last(self) -> list[Action]:
+        step = max(event.step for event in self._finishing.values())
+        wanted = any(event.keep for event in self._finishing.values()) and step > 0
+        if wanted and self.committed < step:
+            return [] if self._spilling == 1 - self.index else self._announce(step)
+        if wanted and self.checkpoint_every and self._spilled < self.committed:
+            return self._spill()
+        if self._spilling is not None:
+            return []
+        self.phase = Phase.STOPPED
+        return [Stop()]
+
+    def _protect(self) -> list[Action]:
+        self.index = 1 - self.index  # until it is committed, the other slot is the one that may not be touched
+        self.phase, self.step, self._waiting = Phase.FILLING, self.committed, set(self.nodes)
+        return [Protect(self.committed, 1 - self.index)]
+
+    def _announce(self, step: int) -> list[Action]:
+        self.phase, self.step, self._waiting = Phase.FILLING, step, set(self.nodes)
+        return [Announce(step, 1 - self.index)]
+
+    def _spill(self) -> list[Action]:
+        last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
+        due = self.checkpoint_every and (
+            last or self.committed // self.checkpoint_every > self._spilled // self.checkpoint_every
+        )
+        if not due or self._spilling is not None or self._spilled >= self.committed:
+            return []
+        self._spilling, self._spilled = self.index, self.committed
+        return [Spill(self.committed, self.index)]
+
+
+_TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
+    (Phase.WAITING, Begin): Coordinator._begin,
+    (Phase.WAITING, Finishing): Coordinator._finish_while_filling,
+    (Phase.FILLING, Encoded): Coordinator._encoded,
+    (Phase.FILLING, GivenUp): Coordinator._give_up,
+    (Phase.FILLING, SpillEnded): Coordinator._spill_ended,
+    (Phase.FILLING, Finishing): Coordinator._finish_while_filling,
+    (Phase.FILLING, Acknowledged): Coordinator._ignore,
+    (Phase.COMMITTING, Acknowledged): Coordinator._acknowledged,
+    (Phase.COMMITTING, SpillEnded): Coordinator._spill_ended,
+    (Phase.COMMITTING, Finishing): Coordinator._finish,
+    (Phase.COMMITTING, GivenUp): Coordinator._ignore,  # of an older round: its message was overtaken
+    (Phase.COMMITTING, Encoded): Coordinator._ignore,
+    (Phase.IDLE, SpillEnded): Coordinator._spill_ended,
+    (Phase.IDLE, Finishing): Coordinator._finish,
+    (Phase.IDLE, GivenUp): Coordinator._ignore,
+    (Phase.IDLE, Encoded): Coordinator._ignore,
+    (Phase.STOPPED, SpillEnded): Coordinator._ignore,
+    (Phase.STOPPED, Finishing): Coordinator._ignore,
+}

@@ -1,0 +1,55 @@
+"""A keeper in a process of its own, without Ray: `python -m holdfast.snapshot.host JOB NODE MEMORY`.
+
+For machines without Ray and for tests. Nobody restarts it when it dies; the next start of the job does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from holdfast.errors import HoldfastError
+from holdfast.events import arm_from_text
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def lower_priority() -> None:
+    """Nice 19, before any thread is started: on Linux it is a property of the thread and is inherited by those it starts."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, 19)
+    except OSError:
+        logging.getLogger(__name__).warning("the keeper's priority could not be lowered; it may slow the trainers")
+
+
+def arm_faults(node: int) -> None:
+    """Rehearsals and tests break keepers at named points; nothing happens unless the environment says so."""
+    schedule = os.environ.get("HOLDFAST_FAULTS")
+    if schedule:
+        arm_from_text(schedule, role="keeper", place=node)
+
+
+def main(arguments: list[str]) -> int:
+    job, node, memory = arguments[0], int(arguments[1]), Path(arguments[2])
+    bind = arguments[3] if len(arguments) > 3 else "127.0.0.1"
+    mapped = os.environ.get("HOLDFAST_TRANSPORT") != "tcp"
+    logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
+    lower_priority()
+    arm_faults(node)
+    from holdfast.snapshot.keeper import Keeper
+
+    try:
+        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped)
+    except HoldfastError as error:
+        logging.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    signal.signal(signal.SIGTERM, lambda *_: keeper.close())
+    keeper.wait()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

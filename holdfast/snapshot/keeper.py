@@ -1,0 +1,863 @@
+"""The keeper of one node: owns the slots, outlives the trainers, and with its peers makes every snapshot survive lost nodes.
+
+A plain class. A Ray actor hosts it in production and a plain process can as well; it imports neither Ray nor torch. Trainers of
+the node talk to it over a UNIX socket, peers over TCP with a token; both are the same verbs.
+
+A snapshot's way through here: announced (slot FILLING) → filled by the trainers → checksummed (VERIFIED) → peers told → parity
+exchanged (ENCODED) → committed on the coordinator's word (COMMITTED). Every arrow has a crash point; whatever dies at one, the
+older slot is still COMMITTED on every node.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import queue
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from holdfast.arrays import Fragment, FragmentTable
+from holdfast.coding import crc32c
+from holdfast.errors import (
+    ClusterError,
+    ConfigError,
+    CorruptData,
+    HoldfastError,
+    KeeperUnreachable,
+    LayoutMismatch,
+    MissingData,
+    StaleEpoch,
+)
+from holdfast.events import crash_point, emit
+from holdfast.snapshot import spill
+from holdfast.snapshot.control import ControlPage
+from holdfast.snapshot.coordinator import (
+    Acknowledged,
+    Action,
+    Announce,
+    Begin,
+    Commit,
+    Coordinator,
+    Encoded,
+    Finishing,
+    GivenUp,
+    Input,
+    Protect,
+    Spill,
+    SpillEnded,
+    Stop,
+)
+from holdfast.snapshot.exchange import (
+    RowsInFlight,
+    SlotReader,
+    check_holds,
+    encode_stripe,
+    parity_name,
+    rebuild_blocks,
+    slot_name,
+)
+from holdfast.snapshot.slots import Meta, Slot, SlotHeader, SlotState, aligned
+from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, View, effective_parity, stride
+from holdfast.snapshot.wire import Connection, Header, Reply, Server
+
+logger = logging.getLogger(__name__)
+
+ENDPOINT = "keeper.json"
+SOCKET = "keeper.sock"
+LOCK_PATIENCE_S = 15.0
+META_ROOM = 1 << 20
+"""Room kept behind a payload for fragment table and objects, beyond what the first snapshot needs."""
+
+
+class Keeper:
+    """Serves one node of one job from the moment it is built until `close`. Raises ConfigError when one is alive already."""
+
+    def __init__(self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True) -> None:
+        self.job, self.node, self.memory = job, node, memory
+        self.epoch = 0
+        self.view: View | None = None
+        self.controls: dict[int, ControlPage] = {}
+        self._mapped = mapped
+        self._lock = threading.RLock()
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outboxes: dict[int, _Outbox] = {}
+        self._trainers: dict[int, Header] = {}
+        self._tables: dict[int, tuple[str, FragmentTable]] = {}
+        self._announced: tuple[int, int] | None = None
+        self._groups: dict[int, dict[int, NodeRecord]] = {}
+        self._rows: tuple[int, RowsInFlight] | None = None
+        self._finished: dict[int, Header] = {}
+        self._coordinator: Coordinator | None = None
+        self._checked_layouts: tuple[tuple[int, str], ...] = ()
+        self._last: dict[str, float] = {}
+        self._closed = threading.Event()
+        self._released = threading.Event()
+        self._ending = False
+        self._guard = _only_one(memory)
+        self.slots: dict[str, Slot] = _adopt(memory)
+        self.token = secrets.token_hex(16)
+        listeners, port = _listen(memory / SOCKET, bind)
+        self.member = Member(node, _host(), _advertised(bind), port, self.token, str(memory), ())
+        self._server = Server(listeners, self.token, self._handle, self._disconnected)
+        threading.Thread(target=self._work, name="holdfast-worker", daemon=True).start()
+        _write_endpoint(memory, self.member)
+        logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
+
+    # -- verbs ---------------------------------------------------------------------------------------------------------
+
+    def _handle(self, verb: str, fields: Header, payload: memoryview) -> Reply | Header | None:
+        found: Callable[..., Reply | Header | None] | None = getattr(self, f"verb_{verb}", None)
+        if self._ending and verb in ("ping", "attach", "join"):
+            raise KeeperUnreachable(f"the keeper of node {self.node} is ending, its run is over")
+        if found is None:
+            raise ClusterError(f"this keeper does not know the verb {verb!r}; are two releases of holdfast mixed?")
+        connection, epoch = fields.pop("connection"), fields.pop("epoch_of_sender", None)
+        if epoch is not None and epoch != self.epoch:
+            raise StaleEpoch(
+                f"node {self.node} is in epoch {self.epoch}, {verb!r} came from epoch {epoch}: its sender was replaced"
+            )
+        if verb in ("attach", "range"):
+            fields["connection"] = connection
+        if payload:
+            fields["payload"] = payload
+        return found(**fields)
+
+    def verb_ping(self) -> None:
+        """Answered by a keeper that is here to stay."""
+
+    def verb_survey(self) -> Header:
+        """What this node holds, from the slots' own headers."""
+        with self._lock:
+            slots = [asdict(slot.header) for slot in self.slots.values() if slot.header.rank >= 0]
+            groups = [group.to_json() for slot in self.slots.values() if (group := _group_of(slot)) is not None]
+        return {"node": self.node, "epoch": self.epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
+
+    def verb_attach(self, rank: int, pid: int, launch: str, body_nbytes: int, connection: int) -> Header:
+        """Make room for two snapshots of `rank`, and remember its trainer. A committed slot is left alone."""
+        with self._lock:
+            self._refuse_second_run(rank, launch)
+            for index in (0, 1):
+                self._room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
+            page = self.controls.get(rank) or ControlPage(self.memory / f"control-{rank}", create=True)
+            self.controls[rank] = page
+            for word in ("completed", "finishing", "target", "committed", "checkpoint", "stopped"):
+                page[word] = 0
+            self._trainers[rank] = {"pid": pid, "launch": launch, "connection": connection}
+        return {"control": str(self.memory / f"control-{rank}")}
+
+    def verb_reserve(self, rank: int, index: int, body_nbytes: int) -> Header:
+        """Room for a snapshot that has outgrown its slot; the trainer maps the slot anew."""
+        with self._lock:
+            self._room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
+            self._announce_in(slot_name(rank, index))
+        return {}
+
+    def verb_join(self, view: Header) -> Header:
+        """Enter an epoch. From here on messages of older epochs are refused."""
+        with self._lock:
+            fresh = View.from_json(view)
+            if fresh.epoch <= self.epoch:
+                raise StaleEpoch(f"node {self.node} is already in epoch {self.epoch}; epoch {fresh.epoch} comes too late")
+            self.view, self.epoch = fresh, fresh.epoch
+            self._announced, self._rows = None, None
+            self._groups.clear()
+            self._finished.clear()
+            self._tables.clear()
+            for outbox in self._outboxes.values():
+                outbox.close()
+            self._outboxes = {member.node: _Outbox(member, self) for member in fresh.members}
+            if not fresh.in_memory:
+                for slot in self.slots.values():
+                    slot.update(state=SlotState.EMPTY, step=0, payload_nbytes=0, meta_nbytes=0)
+            self._coordinator = None
+            if fresh.coordinator == self.node:
+                self._coordinator = Coordinator(
+                    (member.node for member in fresh.members),
+                    every=fresh.every,
+                    checkpoint_every=fresh.checkpoint_every if fresh.checkpoints else 0,
+                    committed=fresh.committed,
+                    index=fresh.index,
+                    protected=fresh.protected,
+                )
+            for rank in self._local_ranks():
+                self.controls[rank]["epoch"] = self.epoch
+                self.controls[rank]["committed"] = fresh.committed
+        crash_point("keeper.joined")
+        return {"epoch": self.epoch}
+
+    def verb_begin(self) -> None:
+        """Told to the coordinator's keeper once every keeper has joined."""
+        self._tell_coordinator(Begin())
+
+    def verb_filled(self, rank: int, step: int, index: int, payload_nbytes: int, layout: str, payload: memoryview) -> Header:
+        """A trainer has captured `step`; its fragment table comes along when it changed, its objects always."""
+        table_nbytes = int.from_bytes(payload[:8], "little")
+        table, objects = payload[8 : 8 + table_nbytes], json.loads(bytes(payload[8 + table_nbytes :]))
+        with self._lock:
+            if table_nbytes:
+                self._tables[rank] = (layout, FragmentTable.from_bytes(table))
+            if self._announced != (step, index):
+                return {"taken": False}
+            if self._tables.get(rank, ("", None))[0] != layout:
+                return {"taken": False, "table": True}
+        self._jobs.put(lambda: self._verify(rank, step, index, payload_nbytes, objects))
+        return {"taken": True}
+
+    def verb_give_up(self, rank: int, step: int, reason: str) -> None:
+        self._tell_coordinator(GivenUp(self.node, step, self._progress(), reason))
+
+    def verb_finishing(self, rank: int, step: int, keep: bool) -> None:
+        """The rank's loop has ended at `step`. When all ranks here have, the coordinator hears of it."""
+        with self._lock:
+            self._finished[rank] = {"step": step, "keep": keep}
+            done = len(self._finished) == len(self._local_ranks())
+        if done:
+            steps, keeps = (
+                [item["step"] for item in self._finished.values()],
+                [item["keep"] for item in self._finished.values()],
+            )
+            self._tell_coordinator(Finishing(self.node, max(steps), any(keeps)))
+
+    def verb_announce(self, step: int, index: int) -> None:
+        """Empty slot `index` everywhere on this node and let the ranks capture `step` into it."""
+        with self._lock:
+            self._announced, self._rows = (step, index), None
+            self._groups.pop(step, None)
+            for name in (*(slot_name(rank, index) for rank in self._local_ranks()), parity_name(index)):
+                self._announce_in(name)
+            crash_point("keeper.announced")
+            for rank in self._local_ranks():
+                self.controls[rank].set_target(step, index)
+
+    def verb_protect(self, step: int, index: int) -> None:
+        """Compute the parity of a restored step that is whole here but was never committed."""
+        with self._lock:
+            self._announced, self._rows = (step, index), None
+        self._jobs.put(lambda: self._publish(step, index))
+
+    def verb_verified(self, step: int, record: Header) -> None:
+        """A node of the group has checked all its ranks' slots; with the last one, parity can be computed."""
+        found = NodeRecord.from_json(record)
+        with self._lock:
+            if self._announced is None or self._announced[0] != step:
+                return
+            group = self._groups.setdefault(step, {})
+            group[found.node] = found
+            complete = len(group) == len(self._group_nodes())
+        if complete:
+            self._jobs.put(lambda: self._encode(step))
+
+    def verb_parity(
+        self, step: int, index: int, row: int, offset: int, block_nbytes: int, crc: int, payload: memoryview
+    ) -> None:
+        """A piece of a parity row that a first owner computed for this node."""
+        if crc32c(payload) != crc:
+            raise CorruptData(f"parity row {row} of step {step} at {offset}: the piece arrived damaged")
+        rows = self._prepare_parity(step, index, block_nbytes)
+        if rows is None:
+            return
+        start = row * block_nbytes + offset
+        self.slots[parity_name(index)].body[start : start + len(payload)] = payload
+        if rows.add(row, len(payload)):
+            self._jobs.put(lambda: self._protected(step))
+
+    def verb_coordinate(self, event: str, fields: Header) -> None:
+        kinds: dict[str, type[Input]] = {
+            kind.__name__: kind for kind in (Encoded, GivenUp, Acknowledged, SpillEnded, Finishing)
+        }
+        self._tell_coordinator(kinds[event](**fields))
+
+    def verb_commit(self, step: int, index: int) -> None:
+        """The step is protected on every node: from now on it is what recovery returns to."""
+        crash_point("keeper.committing")
+        with self._lock:
+            for slot in self._of_step(step, index):
+                slot.update(state=SlotState.COMMITTED)
+            for rank in self._local_ranks():
+                self.controls[rank]["committed"] = step
+            self._drop_foreign(index)
+        crash_point("keeper.committed")
+        self._last["committed"] = time.time()
+        emit("snapshot.committed", job=self.job, node=self.node, step=step)
+        self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
+        if self._coordinator is not None:
+            self._check_layout(step, index)
+
+    def verb_tables(self, step: int, index: int) -> Reply:
+        """Fragment tables (with CRCs) and objects of this node's committed ranks, for a checkpoint or a restore."""
+        metas = {slot.header.rank: slot.meta() for slot in self._of_step(step, index) if slot.header.rank >= 0}
+        table = FragmentTable.concat(meta.table for meta in metas.values())
+        return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
+
+    def verb_spill(self, directory: str, step: int, index: int, layout: Header, payload: memoryview) -> Header:
+        """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments."""
+        slots = {slot.header.rank: slot for slot in self._of_step(step, index) if slot.header.rank >= 0}
+
+        def read(row: Fragment) -> memoryview:
+            return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
+
+        table = FragmentTable.from_bytes(payload)
+        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
+        return {"nbytes": written}
+
+    def verb_checkpointed(self, step: int) -> None:
+        for rank in self._local_ranks():
+            self.controls[rank]["checkpoint"] = step
+
+    def verb_stop(self) -> None:
+        """The run ended well on every node: trainers may go, and the memory is given back."""
+        with self._lock:
+            self._ending = True
+            for rank in self._local_ranks():
+                self.controls[rank]["stopped"] = self.epoch
+        logger.info("run %s has ended; node %d gives its memory back", self.job, self.node)
+        self._jobs.put(self.close)
+
+    def verb_range(self, name: str, epoch: int, step: int, offset: int, nbytes: int, connection: int) -> Reply:
+        """Bytes of a slot's body, with their CRC as they were read here."""
+        slot = self.slots.get(name)
+        if slot is None:
+            raise MissingData(f"node {self.node} has no slot {name}")
+        check_holds(slot, epoch, step)
+        if not 0 <= offset <= offset + nbytes <= len(slot.body):
+            raise MissingData(f"{name} of node {self.node} has {len(slot.body)} bytes; {nbytes} at {offset} were asked for")
+        data = slot.body[offset : offset + nbytes]
+        return {"crc32c": crc32c(data)}, data
+
+    def verb_rebuild(self, group: Header, lost: int, survivors: list[Header], with_parity: list[int]) -> Header:
+        """Recompute what node `lost` held, into slots of this keeper, and check every byte. Blocks until it is done."""
+        record = GroupRecord.from_json(group)
+        members = [Member.from_json(member) for member in survivors]
+        started = time.perf_counter()
+        nbytes = self._rebuild(record, lost, members, frozenset(with_parity))
+        seconds = time.perf_counter() - started
+        logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
+        return {"nbytes": nbytes, "seconds": seconds}
+
+    def verb_status(self) -> Header:
+        committed = [slot.header.step for slot in self.slots.values() if slot.header.state is SlotState.COMMITTED]
+        return {
+            "job": self.job,
+            "node": self.node,
+            "pid": os.getpid(),
+            "epoch": self.epoch,
+            "memory": str(self.memory),
+            "nbytes": sum(slot.capacity for slot in self.slots.values()),
+            "committed_step": max(committed, default=0),
+            "committed_age_s": time.time() - self._last["committed"] if "committed" in self._last else None,
+            "checkpoint_step": max((page["checkpoint"] for page in self.controls.values()), default=0),
+            "ranks": {str(rank): trainer["pid"] for rank, trainer in self._trainers.items()},
+            "given_up": self._coordinator.given_up if self._coordinator else None,
+            "survivable_losses": self._survivable_losses(max(committed, default=0)),
+        }
+
+    def verb_shutdown(self) -> None:
+        threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
+
+    # -- the worker: everything that takes time -------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while not self._closed.is_set():
+            job = self._jobs.get()
+            try:
+                job()
+            except (HoldfastError, OSError) as error:
+                # A snapshot that fails is given up and counted; training goes on and the next one is tried.
+                logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
+                announced = self._announced
+                if announced is not None:
+                    self._tell_coordinator(GivenUp(self.node, announced[0], self._progress(), "failed"))
+            except Exception:
+                logger.exception("keeper of node %d: a job failed", self.node)
+
+    def _verify(self, rank: int, step: int, index: int, payload_nbytes: int, objects: dict[str, str]) -> None:
+        """Checksum a filled slot and seal it with its table, objects and header."""
+        if self._announced != (step, index):
+            return
+        slot, table = self.slots[slot_name(rank, index)], self._tables[rank][1]
+        crash_point("snapshot.filled")
+        body = slot.body
+        meta = Meta(table.with_crcs([crc32c(body[row.slot_offset : row.slot_offset + row.nbytes]) for row in table]), objects)
+        data = meta.to_bytes()
+        start = aligned(payload_nbytes)
+        if start + len(data) > slot.capacity:
+            raise ClusterError(f"rank {rank}: table and objects of {len(data)} bytes do not fit behind the snapshot")
+        body[payload_nbytes:start] = bytes(start - payload_nbytes)
+        body[start : start + len(data)] = data
+        slot.update(
+            state=SlotState.VERIFIED,
+            epoch=self.epoch,
+            step=step,
+            world=self._view().world,
+            payload_nbytes=payload_nbytes,
+            meta_nbytes=len(data),
+            meta_crc32c=crc32c(data),
+        )
+        crash_point("snapshot.verified")
+        self._publish(step, index)
+
+    def _publish(self, step: int, index: int) -> None:
+        """Tell the group, once all ranks here are verified."""
+        record = self._node_record(step, index)
+        if record is not None:
+            for node in self._group_nodes():
+                self._post(node, "verified", step=step, record=record.to_json())
+
+    def _encode(self, step: int) -> None:
+        """Compute the parities of the stripe this node owns first; the other rows arrive from their first owners."""
+        if self._announced is None or self._announced[0] != step:
+            return
+        index = self._announced[1]
+        group = self._group(step, index)
+        if group.parity == 0:
+            self._protected(step)
+            return
+        rows = self._prepare_parity(step, index, group.block_nbytes)
+        if rows is None:
+            return
+        readers = {member.node: self._reader(member) for member in self._view().members if member.node in self._group_nodes()}
+        own = self.slots[parity_name(index)].body[: group.block_nbytes]
+        try:
+            encode_stripe(group, self.node, readers, own, self._forward(step, index, group.block_nbytes))
+        finally:
+            for reader in readers.values():
+                reader.close()
+        crash_point("snapshot.exchanged")
+        if rows.add(0, group.block_nbytes):
+            self._protected(step)
+
+    def _protected(self, step: int) -> None:
+        """All parity this node has to hold is there: seal it and tell the coordinator."""
+        if self._announced is None or self._announced[0] != step:
+            return
+        index = self._announced[1]
+        group = self._group(step, index)
+        with self._lock:
+            if group.parity:
+                self._seal_parity(group, SlotState.ENCODED)
+            for slot in self._of_step(step, index):
+                slot.update(state=SlotState.ENCODED)
+        crash_point("snapshot.encoded")
+        self._tell_coordinator(Encoded(self.node, step, self._progress()))
+
+    def _seal_parity(self, group: GroupRecord, state: SlotState) -> None:
+        slot = self.slots[parity_name(group.index)]
+        size = group.parity * group.block_nbytes
+        rows = {
+            f"row-{row}": f"{crc32c(slot.body[row * group.block_nbytes : (row + 1) * group.block_nbytes]):08x}"
+            for row in range(group.parity)
+        }
+        data = Meta(FragmentTable.from_rows([]), {"group": json.dumps(group.to_json()), **rows}).to_bytes()
+        start = aligned(size)
+        slot.body[start : start + len(data)] = data
+        slot.update(
+            state=state,
+            epoch=group.epoch,
+            step=group.step,
+            world=group.world,
+            payload_nbytes=size,
+            meta_nbytes=len(data),
+            meta_crc32c=crc32c(data),
+        )
+
+    def _forward(self, step: int, index: int, block_nbytes: int) -> Callable[[int, int, int, memoryview], None]:
+        connections: dict[int, Connection] = {}
+
+        def forward(node: int, row: int, offset: int, data: memoryview) -> None:
+            fields: dict[str, Any] = {"step": step, "index": index, "row": row, "offset": offset, "crc": crc32c(data)}
+            connection = connections.get(node)
+            if connection is None:
+                member = self._view().member(node)
+                connection = connections[node] = Connection((member.address, member.port), member.token)
+            connection.ask("parity", data, epoch_of_sender=self.epoch, crc=crc32c(data), **fields)
+
+        return forward
+
+    def _prepare_parity(self, step: int, index: int, block_nbytes: int) -> RowsInFlight | None:
+        """The counter of parity rows of this step, with room for them; None when the step is no longer wanted."""
+        with self._lock:
+            if self._announced != (step, index):
+                return None
+            if self._rows is None or self._rows[0] != step:
+                parity = effective_parity(self._view().parity, len(self._group_nodes()))
+                self._room(parity_name(index), -1, index, parity * block_nbytes + META_ROOM)
+                self._announce_in(parity_name(index))
+                self._rows = (step, RowsInFlight(parity, block_nbytes))
+            return self._rows[1]
+
+    def _rebuild(self, group: GroupRecord, lost: int, survivors: list[Member], with_parity: frozenset[int]) -> int:
+        record = next(record for record in group.records if record.node == lost)
+        readers = {member.node: self._reader(member) for member in survivors}
+        own = lost == self.node
+        fresh: dict[str, Slot] = {}
+        with self._lock:
+            for rank in record.ranks:
+                name = slot_name(rank.rank, group.index)
+                header = SlotHeader(self.job, self.node, rank.rank, group.index, SlotState.FILLING)
+                self.slots[name] = fresh[name] = Slot.create(self.memory / name, header, rank.body_nbytes + META_ROOM)
+            if own and group.parity:
+                name = parity_name(group.index)
+                header = SlotHeader(self.job, self.node, -1, group.index, SlotState.FILLING)
+                self.slots[name] = Slot.create(self.memory / name, header, group.parity * group.block_nbytes + META_ROOM)
+
+        def store(kind: str, offset: int, data: memoryview) -> None:
+            if kind == "parity":
+                self.slots[parity_name(group.index)].body[offset : offset + len(data)] = data
+                return
+            base = 0
+            for rank in record.ranks:
+                start, stop = max(offset, base), min(offset + len(data), base + rank.body_nbytes)
+                if start < stop:
+                    fresh[slot_name(rank.rank, group.index)].body[start - base : stop - base] = data[
+                        start - offset : stop - offset
+                    ]
+                base += stride(rank)
+
+        try:
+            rebuild_blocks(group, lost, readers, with_parity, store, parity_too=own)
+        finally:
+            for reader in readers.values():
+                reader.close()
+        crash_point("rebuild.decoded")
+        for rank in record.ranks:
+            _check_rebuilt(fresh[slot_name(rank.rank, group.index)], rank, group)
+        if own and group.parity:
+            self._seal_parity(group, SlotState.COMMITTED)
+        crash_point("rebuild.checked")
+        return record.nbytes
+
+    # -- the coordinator's side -----------------------------------------------------------------------------------------
+
+    def _tell_coordinator(self, event: Input) -> None:
+        view = self._view()
+        if view.coordinator != self.node:
+            self._post(view.coordinator, "coordinate", event=type(event).__name__, fields=asdict(event))
+            return
+        with self._lock:
+            if self._coordinator is None:
+                return
+            actions = self._coordinator.feed(event)
+            for action in actions:
+                self._act(action, view)
+
+    def _act(self, action: Action, view: View) -> None:
+        match action:
+            case Announce(step, index):
+                self._broadcast("announce", step=step, index=index)
+            case Protect(step, index):
+                self._broadcast("protect", step=step, index=index)
+            case Commit(step, index):
+                self._broadcast("commit", step=step, index=index)
+            case Stop():
+                self._broadcast("stop")
+            case Spill(step, index):
+                threading.Thread(target=self._spill, args=(view, step, index), name="holdfast-spill", daemon=True).start()
+
+    def _spill(self, view: View, step: int, index: int) -> None:
+        """Write the committed step as a universal checkpoint, all nodes in parallel. A failure is logged and counted."""
+        try:
+            started = time.perf_counter()
+            path, nbytes = spill.write_checkpoint(view, step, index)
+            seconds = time.perf_counter() - started
+            logger.info("checkpoint of step %d: %s, %.1f MiB in %.2f s", step, path, nbytes / 2**20, seconds)
+            emit("checkpoint.committed", job=self.job, step=step, path=str(path), nbytes=nbytes, seconds=seconds)
+            self._broadcast("checkpointed", step=step)
+        except (HoldfastError, OSError) as error:
+            logger.error("checkpoint of step %d failed, training goes on: %s: %s", step, type(error).__name__, error)
+            emit("checkpoint.failed", job=self.job, step=step, error=str(error))
+        except Exception:
+            logger.exception("checkpoint of step %d failed, training goes on", step)
+        self._tell_coordinator(SpillEnded(index))
+
+    def _check_layout(self, step: int, index: int) -> None:
+        """When the layout has changed: every array is whole over all ranks, or the snapshots are worth nothing and we say so."""
+        layouts = tuple(sorted((rank, layout) for rank, (layout, _) in self._tables.items()))
+        if layouts == self._checked_layouts:
+            return
+        self._checked_layouts = layouts
+
+        def check() -> None:
+            try:
+                spill.check_table(spill.gather(self._view(), step, index)[0])
+            except LayoutMismatch as error:
+                logger.error("snapshots of %s cannot be restored as they are: %s", self.job, error)
+                emit("snapshot.incomplete", job=self.job, step=step, error=str(error))
+            except HoldfastError as error:
+                logger.warning("the layout of step %d could not be checked: %s", step, error)
+                self._checked_layouts = ()
+
+        threading.Thread(target=check, name="holdfast-check", daemon=True).start()
+
+    # -- small helpers ----------------------------------------------------------------------------------------------------
+
+    def _view(self) -> View:
+        if self.view is None:
+            raise StaleEpoch(f"the keeper of node {self.node} has joined no epoch yet")
+        return self.view
+
+    def _local_ranks(self) -> tuple[int, ...]:
+        return self._view().member(self.node).ranks
+
+    def _group_nodes(self) -> tuple[int, ...]:
+        return self._view().group_of(self.node)
+
+    def _progress(self) -> int:
+        return max((self.controls[rank]["completed"] for rank in self._local_ranks()), default=0)
+
+    def _post(self, node: int, verb: str, **fields: Any) -> None:
+        self._outboxes[node].put({"verb": verb, **fields})
+
+    def _broadcast(self, verb: str, **fields: Any) -> None:
+        for member in self._view().members:
+            self._post(member.node, verb, **fields)
+
+    def _reader(self, member: Member) -> SlotReader:
+        return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
+
+    def _of_step(self, step: int, index: int) -> list[Slot]:
+        """This node's slots at `index` that hold `step` whole, parity included."""
+        with self._lock:
+            return [
+                slot
+                for slot in self.slots.values()
+                if slot.header.index == index and slot.header.step == step and slot.header.state >= SlotState.VERIFIED
+            ]
+
+    def _node_record(self, step: int, index: int) -> NodeRecord | None:
+        """The record of this node once all its ranks are verified at `step`."""
+        headers = {slot.header.rank: slot.header for slot in self._of_step(step, index)}
+        ranks = self._local_ranks()
+        if any(rank not in headers for rank in ranks):
+            return None
+        return NodeRecord(self.node, tuple(_rank_record(headers[rank]) for rank in ranks))
+
+    def _group(self, step: int, index: int) -> GroupRecord:
+        nodes, view = self._group_nodes(), self._view()
+        records = tuple(self._groups[step][node] for node in nodes)
+        epoch = max(slot.header.epoch for slot in self._of_step(step, index) if slot.header.rank >= 0)
+        return GroupRecord(epoch, step, index, view.world, effective_parity(view.parity, len(nodes)), records)
+
+    def _room(self, name: str, rank: int, index: int, body_nbytes: int) -> None:
+        """See that slot `name` exists with room for `body_nbytes`; a committed one is never touched."""
+        slot = self.slots.get(name)
+        if slot is not None and (slot.header.state is SlotState.COMMITTED or slot.capacity >= body_nbytes):
+            return
+        if slot is not None:
+            slot.close()
+        self.slots[name] = Slot.create(self.memory / name, SlotHeader(self.job, self.node, rank, index), body_nbytes)
+
+    def _announce_in(self, name: str) -> None:
+        if name in self.slots:
+            self.slots[name].update(state=SlotState.FILLING, step=0, epoch=self.epoch, payload_nbytes=0, meta_nbytes=0)
+
+    def _drop_foreign(self, index: int) -> None:
+        """Free slots of ranks that no longer live here; called once a newer step is committed."""
+        mine = {slot_name(rank, place) for rank in self._local_ranks() for place in (0, 1)} | {parity_name(0), parity_name(1)}
+        for name in set(self.slots) - mine:
+            slot = self.slots.pop(name)
+            slot.path.unlink(missing_ok=True)
+            slot.close()
+
+    def _survivable_losses(self, step: int) -> int:
+        if self.view is None or not step:
+            return 0
+        return effective_parity(self.view.parity, len(self._group_nodes()))
+
+    def _refuse_second_run(self, rank: int, launch: str) -> None:
+        known = self._trainers.get(rank)
+        if known is not None and known["launch"] != launch and _alive(known["pid"]):
+            raise ConfigError(
+                f"another run named {self.job!r} is alive (its rank {rank} is pid {known['pid']}); give this one another name "
+                "with protect(name=…), or end the other"
+            )
+
+    def _disconnected(self, connection: int) -> None:
+        gone = [rank for rank, trainer in self._trainers.items() if trainer["connection"] == connection]
+        for rank in gone:
+            logger.info("rank %d (pid %d) has left", rank, self._trainers[rank]["pid"])
+            emit("trainer.left", job=self.job, node=self.node, rank=rank)
+
+    def close(self) -> None:
+        """Stop serving and give the node's memory back."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._jobs.put(lambda: None)
+        for outbox in self._outboxes.values():
+            outbox.close(drain=True)
+        self._server.close()
+        shutil.rmtree(self.memory, ignore_errors=True)
+        for parent in (self.memory.parent, self.memory.parent.parent):
+            try:
+                parent.rmdir()  # only when no other node or job is left in it
+            except OSError:
+                break
+        self._released.set()
+
+    def wait(self) -> None:
+        """Block until the keeper has been closed and everything it had to say is said."""
+        self._released.wait()
+
+
+class _Outbox:
+    """Ordered messages to one node, sent from a thread of their own so that nobody waits for a slow or dead peer."""
+
+    def __init__(self, member: Member, keeper: Keeper) -> None:
+        self._member, self._keeper, self._epoch = member, keeper, keeper.epoch
+        self._queue: queue.SimpleQueue[Header | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._send, name=f"holdfast-to-{member.node}", daemon=True)
+        self._thread.start()
+
+    def put(self, message: Header) -> None:
+        self._queue.put(message)
+
+    def close(self, *, drain: bool = False) -> None:
+        self._queue.put(None)
+        if drain and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5)
+
+    def _send(self) -> None:
+        connection: Connection | None = None
+        while (message := self._queue.get()) is not None:
+            message["epoch_of_sender"] = self._epoch
+            try:
+                if self._member.node == self._keeper.node:
+                    self._keeper._handle(message.pop("verb"), {**message, "connection": 0}, memoryview(b""))
+                else:
+                    connection = connection or Connection((self._member.address, self._member.port), self._member.token)
+                    connection.ask(message.pop("verb"), **message)
+            except KeeperUnreachable as error:
+                connection = None
+                logger.warning("node %d cannot reach node %d: %s", self._keeper.node, self._member.node, error)
+            except HoldfastError as error:
+                logger.warning("node %d was refused by node %d: %s", self._keeper.node, self._member.node, error)
+            except Exception:
+                logger.exception("node %d: a message to node %d failed", self._keeper.node, self._member.node)
+        if connection is not None:
+            connection.close()
+
+
+# -- birth -------------------------------------------------------------------------------------------------------------
+
+
+def _only_one(memory: Path) -> int:
+    """Hold the node's lock for as long as this process lives; waits a little for a predecessor that is just ending."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all
+                return fd
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"a keeper already serves {memory}") from error
+        os.close(fd)
+        time.sleep(0.05)
+
+
+def _adopt(memory: Path) -> dict[str, Slot]:
+    """The slots a predecessor left, each checked; what cannot be trusted is removed and said."""
+    found: dict[str, Slot] = {}
+    for path in sorted((*memory.glob("slot-*-?"), *memory.glob("parity-?"))):
+        try:
+            slot = Slot.open(path, writable=True)
+            if slot.header.state >= SlotState.VERIFIED:
+                slot.meta()
+            found[path.name] = slot
+        except HoldfastError as error:
+            logger.warning("slot %s is not adopted: %s", path.name, error)
+            path.unlink(missing_ok=True)
+    for leftover in memory.glob("*.new"):
+        leftover.unlink(missing_ok=True)
+    return found
+
+
+def _listen(path: Path, bind: str) -> tuple[list[socket.socket], int]:
+    path.unlink(missing_ok=True)
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        local.bind(str(path))
+    except OSError as error:
+        local.close()
+        raise ConfigError(
+            f"cannot listen at {path} ({error}); a socket's path may have 107 characters, choose a shorter one"
+        ) from error
+    os.chmod(path, 0o600)
+    network = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    network.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    network.bind((bind, 0))
+    for listener in (local, network):
+        listener.listen(128)
+    return [local, network], int(network.getsockname()[1])
+
+
+def _advertised(bind: str) -> str:
+    return socket.gethostbyname(socket.gethostname()) if bind in ("", "0.0.0.0") else bind
+
+
+def _host() -> str:
+    """Equal for two keepers exactly when they can map each other's files."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _write_endpoint(memory: Path, member: Member) -> None:
+    fresh = memory / f"{ENDPOINT}.new"
+    fresh.touch(mode=0o600)
+    fresh.write_text(json.dumps({**member.to_json(), "pid": os.getpid()}))
+    fresh.rename(memory / ENDPOINT)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
+
+
+def _rank_record(header: SlotHeader) -> RankRecord:
+    return RankRecord(header.rank, header.payload_nbytes, header.meta_nbytes, header.meta_crc32c, header.body_nbytes)
+
+
+def _group_of(slot: Slot) -> GroupRecord | None:
+    """The group that a whole parity slot belongs to."""
+    if slot.header.rank >= 0 or slot.header.state < SlotState.ENCODED:
+        return None
+    try:
+        return GroupRecord.from_json(json.loads(slot.meta().objects["group"]))
+    except (HoldfastError, KeyError, ValueError, TypeError) as error:
+        logger.warning("parity slot %s is not usable: %s", slot.path.name, error)
+        return None
+
+
+def _check_rebuilt(slot: Slot, record: RankRecord, group: GroupRecord) -> None:
+    """Every byte that was decoded has the CRC it had when it was captured; only then does the header say so."""
+    fields = {"payload_nbytes": record.payload_nbytes, "meta_nbytes": record.meta_nbytes, "meta_crc32c": record.meta_crc32c}
+    slot.header = SlotHeader(
+        slot.header.job, slot.header.node, record.rank, group.index, SlotState.FILLING, sequence=slot.header.sequence, **fields
+    )
+    for row in slot.meta().table:
+        found = crc32c(slot.body[row.slot_offset : row.slot_offset + row.nbytes])
+        if found != row.crc32c:
+            raise CorruptData(
+                f"step {group.step}, rank {record.rank}, {row.array}: rebuilt bytes have crc32c {found:08x}, expected "
+                f"{row.crc32c:08x}; a survivor's memory is damaged"
+            )
+    slot.update(state=SlotState.COMMITTED, epoch=group.epoch, step=group.step, world=group.world)

@@ -1,0 +1,257 @@
+"""Recovery from memory: decide from the survivors' own words what can be restored, then do it.
+
+`plan_restore` is pure. It is given what every reachable keeper says it holds and returns the newest step that is whole, or can
+be made whole from parity, and what has to be rebuilt where. No coordinator is asked, because it may be among the dead.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.arrays import Box, Fragment, FragmentTable, rank_name
+from holdfast.coding import crc32c
+from holdfast.errors import CorruptData, LayoutMismatch
+from holdfast.snapshot.capture import slot_view, view_of
+from holdfast.snapshot.exchange import SlotReader, slot_name
+from holdfast.snapshot.slots import SlotState
+from holdfast.snapshot.state import Held
+from holdfast.snapshot.view import GroupRecord, Member
+
+logger = logging.getLogger(__name__)
+
+
+# -- deciding ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SlotFound:
+    rank: int
+    index: int
+    epoch: int
+    step: int
+    world: int
+    state: SlotState
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one keeper says it holds: its ranks' slots, and the groups for which its parity is whole."""
+
+    member: Member
+    epoch: int
+    slots: tuple[SlotFound, ...]
+    groups: tuple[GroupRecord, ...]
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Survey:
+        slots = tuple(
+            SlotFound(s["rank"], s["index"], s["epoch"], s["step"], s["world"], SlotState(s["state"])) for s in fields["slots"]
+        )
+        groups = tuple(GroupRecord.from_json(group) for group in fields["groups"])
+        return cls(Member.from_json(fields["member"]), fields["epoch"], slots, groups)
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """Recompute what `lost` held, on the keeper of `host`, from these survivors."""
+
+    lost: int
+    host: int
+    group: GroupRecord
+    survivors: tuple[int, ...]
+    with_parity: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done."""
+
+    epoch: int
+    step: int
+    index: int
+    world: int
+    holders: Mapping[int, int]
+    rebuilds: tuple[Rebuild, ...]
+    protected: bool
+
+
+Distrusted = frozenset[tuple[int, int]]
+"""(node, step) pairs whose bytes were found damaged; treated as lost."""
+
+
+def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()) -> tuple[RestorePlan | None, list[str]]:
+    """The newest step that can be restored, or None; and for every newer step a line saying why not."""
+    found = {
+        (slot.step, slot.epoch, slot.index) for survey in surveys for slot in survey.slots if slot.state >= SlotState.VERIFIED
+    }
+    found |= {(group.step, group.epoch, group.index) for survey in surveys for group in survey.groups}
+    reasons: list[str] = []
+    for step, epoch, index in sorted(found, reverse=True):
+        plan = _plan_for(step, epoch, index, surveys, distrusted, reasons)
+        if plan is not None:
+            return plan, reasons
+    return None, reasons
+
+
+def _plan_for(
+    step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
+) -> RestorePlan | None:
+    trusted = [survey for survey in surveys if (survey.member.node, step) not in distrusted]
+    slots = {
+        slot.rank: (survey.member.node, slot)
+        for survey in trusted
+        for slot in survey.slots
+        if (slot.step, slot.epoch) == (step, epoch) and slot.state >= SlotState.VERIFIED
+    }
+    groups = {
+        tuple(record.node for record in group.records): group
+        for survey in trusted
+        for group in survey.groups
+        if (group.step, group.epoch) == (step, epoch)
+    }
+    worlds = {slot.world for _, slot in slots.values()} | {group.world for group in groups.values()}
+    world = max(worlds)
+    holders = {rank: node for rank, (node, _) in slots.items()}
+    rebuilds: list[Rebuild] = []
+    for group in groups.values():
+        rebuilds += _rebuilds(group, holders, trusted, surveys)
+    for rebuild in rebuilds:
+        problem = _unrecoverable(rebuild)
+        if problem:
+            reasons.append(f"step {step}: {problem}")
+            return None
+        record = rebuild.group.records[rebuild.group.position(rebuild.lost)]
+        holders |= {rank.rank: rebuild.host for rank in record.ranks}
+    missing = [rank for rank in range(world) if rank not in holders]
+    if missing:
+        reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
+        return None
+    committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())
+    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed)
+
+
+def _rebuilds(
+    group: GroupRecord, holders: Mapping[int, int], trusted: Sequence[Survey], all_of: Sequence[Survey]
+) -> list[Rebuild]:
+    """One rebuild for every node of the group whose ranks nobody holds."""
+    whole = [record.node for record in group.records if all(rank.rank in holders for rank in record.ranks)]
+    present = {survey.member.node: survey for survey in trusted}
+    parity = [
+        node
+        for node, survey in present.items()
+        if any((found.step, found.epoch) == (group.step, group.epoch) for found in survey.groups)
+    ]
+    survivors = tuple(node for node in whole if node in present)
+    hosts = sorted(survey.member.node for survey in all_of)
+    lost = [record.node for record in group.records if record.node not in whole]
+    return [
+        Rebuild(node, node if node in hosts else hosts[place % len(hosts)], group, survivors, tuple(sorted(parity)))
+        for place, node in enumerate(lost)
+    ]
+
+
+def _unrecoverable(rebuild: Rebuild) -> str:
+    """Why a rebuild cannot work, or nothing when every stripe has k blocks left."""
+    group, layout = rebuild.group, rebuild.group.layout
+    place = {record.node: position for position, record in enumerate(group.records)}
+    for stripe in range(layout.stripes):
+        owners = layout.parity_owners(stripe)
+        data = sum(place[node] not in owners for node in rebuild.survivors)
+        parity = sum(place[node] in owners for node in rebuild.with_parity if node in place)
+        if data + parity < layout.k:
+            lost = sorted(set(place) - set(rebuild.survivors))
+            return (
+                f"nodes {lost} of a group of {layout.n} are lost, and its parity covers {group.parity}; "
+                f"stripe {stripe} has {data + parity} of the {layout.k} blocks it needs"
+            )
+    return ""
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+# -- doing ---------------------------------------------------------------------------------------------------------------
+
+
+class SlotSource:
+    """The fragments of one committed step, wherever their slots are. Every fragment is checked before any of it is used."""
+
+    def __init__(self, plan: RestorePlan, members: Iterable[Member], table: FragmentTable, *, host: str) -> None:
+        self._plan = plan
+        self._readers = {member.node: SlotReader(member, mapped=member.host == host) for member in members}
+        self._by_array: dict[str, list[Fragment]] = {}
+        for row in table:
+            self._by_array.setdefault(row.array, []).append(row)
+        self.specs = table.specs()
+
+    def load(self, item: Held, rank: int) -> int:
+        """Fill the local part of an array; returns the bytes read. Raises CorruptData or LayoutMismatch."""
+        local, nbytes = item.local, 0
+        for box in item.placement.boxes:
+            if box.size:
+                nbytes += self._fill(item.name, local, box, rank)
+        return nbytes
+
+    def _fill(self, name: str, local: torch.Tensor, box: Box, rank: int) -> int:
+        rows = self._by_array.get(name, [])
+        own = [row for row in rows if row.rank == rank and row.box == box]
+        nbytes, filled = 0, 0
+        for row in own or _distinct(rows):
+            common = row.box.intersect(box) if box.shape else box
+            if common is None:
+                continue
+            nbytes += self._copy(row, common, view_of(local, box, common))
+            filled += common.size
+        if filled != box.size:
+            raise LayoutMismatch(f"{name}: the snapshot has {filled} of the {box.size} elements that this rank needs")
+        return nbytes
+
+    def _copy(self, row: Fragment, common: Box, out: torch.Tensor) -> int:
+        node = self._plan.holders[row.rank]
+        scratch = memoryview(bytearray(row.nbytes))
+        name = slot_name(row.rank, self._plan.index)
+        data = self._readers[node].read(name, self._plan.epoch, self._plan.step, row.slot_offset, row.nbytes, scratch)
+        found = crc32c(data)
+        if found != row.crc32c:
+            raise DamagedSlot(
+                node,
+                f"{row.array}, rank {row.rank}, step {self._plan.step} in {name} of node {node}+{row.slot_offset}: crc32c "
+                f"{found:08x} ≠ {row.crc32c:08x}",
+            )
+        if common == row.box and out.is_contiguous() and out.device.type == "cpu":
+            np.copyto(out.reshape(-1).view(torch.uint8).numpy(), np.frombuffer(data, np.uint8))
+            return row.nbytes
+        source = slot_view(memoryview(bytearray(data)), 0, row.nbytes, out.dtype, row.shape)
+        with torch.no_grad():
+            out.copy_(view_of(source, row.box, common))
+        return row.nbytes
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+
+class DamagedSlot(CorruptData):
+    """The bytes of a node's slot are not the ones that were captured; `node` says whose to distrust."""
+
+    def __init__(self, node: int, message: str) -> None:
+        super().__init__(message)
+        self.node = node
+
+
+def _distinct(rows: Sequence[Fragment]) -> list[Fragment]:
+    """One row for each box: several ranks may hold the same."""
+    return list({(row.offset, row.shape): row for row in sorted(rows, key=lambda row: -row.rank)}.values())
+
+
+def stored_name(name: str, rank: int, specs: Mapping[str, Any]) -> str:
+    """Where a checkpoint keeps this rank's bytes of an array: its own if it has some, else everybody's."""
+    own = rank_name(name, rank)
+    return own if own in specs else name

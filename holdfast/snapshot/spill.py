@@ -1,0 +1,88 @@
+"""Committed slots written as a universal checkpoint by the keepers, without the trainers.
+
+The coordinator's keeper gathers the fragment tables, every keeper writes its own part, the coordinator commits. The slot is not
+refilled meanwhile, and nothing is visible to a reader before COMMIT.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from holdfast import ckpt
+from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fragments
+from holdfast.events import crash_point
+from holdfast.snapshot.view import Member, View
+from holdfast.snapshot.wire import Connection
+
+
+def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
+    """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes."""
+    if view.checkpoints is None:
+        raise ValueError("this run has no place for checkpoints")
+    connections = {member.node: _connect(member) for member in view.members}
+    try:
+        table, objects = gather(view, step, index)
+        check_table(table)
+        layout = {"world": view.world, "nodes": len(view.members)}
+        plan = ckpt.plan_write(table, step=step, layout=layout)
+        directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
+        crash_point("spill.begun")
+        _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index, layout=layout)
+        crash_point("spill.written")
+        path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
+        return path, table.nbytes
+    finally:
+        for connection in connections.values():
+            connection.close()
+
+
+def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
+    """All distinct fragments of a committed step, and every rank's objects, told by the keepers."""
+    tables: list[FragmentTable] = []
+    objects: dict[int, dict[str, str]] = {}
+    for member in view.members:
+        connection = _connect(member)
+        try:
+            header, data = connection.ask("tables", step=step, index=index)
+        finally:
+            connection.close()
+        tables.append(FragmentTable.from_bytes(data))
+        objects |= {int(rank): named for rank, named in header["objects"].items()}
+    return distinct_fragments(FragmentTable.concat(tables)), objects
+
+
+def write_part(
+    directory: Path,
+    table: FragmentTable,
+    step: int,
+    layout: dict[str, Any],
+    node: int,
+    ranks: frozenset[int],
+    read: Callable[[Fragment], memoryview],
+) -> int:
+    """Write the fragments that this node's ranks hold; returns the bytes written."""
+    plan = ckpt.plan_write(table, step=step, layout=layout)
+    rows = [row for row in table if row.rank in ranks]
+    return ckpt.write_fragments(directory, plan, node, rows, read)
+
+
+def check_table(table: FragmentTable) -> None:
+    """Every array is whole; raises LayoutMismatch when ranks disagree or a part is held by nobody."""
+    specs = table.specs()
+    pieces: dict[str, list[Any]] = {name: [] for name in specs}
+    for row in table:
+        pieces[row.array].append(row.box)
+    check_coverage(specs.values(), pieces)
+
+
+def _connect(member: Member) -> Connection:
+    return Connection((member.address, member.port), member.token, timeout_s=3600)
+
+
+def _everywhere(connections: dict[int, Connection], verb: str, payload: bytes, **fields: Any) -> None:
+    with ThreadPoolExecutor(len(connections)) as pool:
+        list(pool.map(lambda connection: connection.ask(verb, payload, **fields), connections.values()))

@@ -1,0 +1,420 @@
+"""The user's objects as arrays and objects: what has to be captured, and how it is put back, bit for bit.
+
+Modules and torch optimizers are taken apart by name, so an optimizer's state is found under its parameter's name and never under
+a number. Anything else with `state_dict` and `load_state_dict` is taken by what its `state_dict` returns. Random generators are
+captured without being asked for.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from holdfast.arrays import ArraySpec, Placement, check_name, placement_of
+from holdfast.errors import LayoutMismatch, StateError
+from holdfast.objects import decode_object, encode_object
+
+RNG = "rng"
+"""The name under which random generators are kept; not free for an object of the user's."""
+
+LARGE_TENSOR_NBYTES = 64 * 1024
+"""Tensors of plain objects from this size on become arrays; smaller ones stay inside the object."""
+
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One array as this rank holds it now: its placement, the tensor with the local bytes, and when it may be copied.
+
+    `lazy` ones change only in `optimizer.step`, so they may be copied while forward and backward run.
+    """
+
+    placement: Placement
+    tensor: torch.Tensor
+    lazy: bool
+    home: tuple[dict[Any, Any], Any] | None = None
+    """The dictionary and key under which the tensor was found, to see cheaply whether it still is the one."""
+
+    def is_current(self) -> bool:
+        return self.home is None or self.home[0].get(self.home[1]) is self.tensor
+
+    @property
+    def local(self) -> torch.Tensor:
+        return local_part(self.tensor)
+
+    @property
+    def name(self) -> str:
+        return self.placement.spec.name
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that holds this rank's bytes, without a copy and without autograd."""
+    with torch.no_grad():
+        return tensor.to_local().detach() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+class TrackedState:
+    """The mapping given to `protect`, checked once and read at every snapshot. Raises StateError for what cannot be captured."""
+
+    def __init__(self, objects: Mapping[str, Any]) -> None:
+        if not objects:
+            raise StateError("protect() was given no state; pass a mapping such as {'model': model, 'optim': optimizer}")
+        for name, item in objects.items():
+            _check_object(name, item)
+        self.objects = dict(objects)
+        self.modules = {name: item for name, item in objects.items() if isinstance(item, nn.Module)}
+        self.optimizers = {name: item for name, item in objects.items() if isinstance(item, Optimizer)}
+        self.others = {n: item for n, item in objects.items() if n not in self.modules and n not in self.optimizers}
+        self._named: dict[str, dict[int, tuple[str, Placement]]] = {}
+        self.others_have_arrays = False
+        """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
+        self.held()
+
+    # -- reading --
+
+    def held(self) -> list[Held]:
+        """Every array as this rank holds it at this moment. Call between steps; raises StateError when two share a name."""
+        self._named.clear()
+        found = [*self._of_modules(), *self._of_optimizers(), *self._of_others()]
+        names = {item.name for item in found}
+        if len(names) != len(found):
+            twice = next(item.name for item in found if sum(item.name == other.name for other in found) > 1)
+            raise StateError(f"two tensors would be stored as {twice!r}; rename one of the objects given to protect()")
+        for name in names:
+            inner = next((parent for parent in _parents(name) if parent in names), None)
+            if inner is not None:
+                raise StateError(f"{inner!r} is an array and cannot also be the folder of {name!r}; rename one of the two")
+        return found
+
+    def signature(self) -> tuple[int, ...]:
+        """Changes when arrays appear or go: counts only, so that it costs microseconds. Which tensors they are, `Held` knows."""
+        return (
+            *(sum(len(part._parameters) + len(part._buffers) for part in m.modules()) for m in self.modules.values()),
+            *(sum(map(len, optimizer.state.values())) for optimizer in self.optimizers.values()),
+            *(len(group["params"]) for optimizer in self.optimizers.values() for group in optimizer.param_groups),
+        )
+
+    def texts(self) -> dict[str, str]:
+        """Every object but the random generators as typed text, now."""
+        found: dict[str, str] = {}
+        for name, module in self.modules.items():
+            extra = {key: value for key, value in _bare(module).state_dict().items() if not isinstance(value, torch.Tensor)}
+            if extra:
+                found[name] = encode_object(extra, name)
+        for name, optimizer in self.optimizers.items():
+            found[name] = encode_object(self._groups_of(name, optimizer), name)
+        self.others_have_arrays = False
+        for name, item in self.others.items():
+            value = item.state_dict()
+            self.others_have_arrays |= any(True for _ in _large_tensors(value, name))
+            found[name] = encode_object(_without_large(value), name)
+        return found
+
+    def expected_holders(self) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:
+        """Arrays whose layout says which ranks hold them, for comparing the ranks with each other."""
+        return {item.name: (item.placement.spec, item.placement.expected) for item in self.held() if item.placement.expected}
+
+    # -- writing back --
+
+    def prepare(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
+        """Make room for every stored array of ours and return where each goes.
+
+        Optimizer state that does not exist before the first step is created. Raises LayoutMismatch when stored and present
+        state do not have the same arrays.
+        """
+        for name, optimizer in self.optimizers.items():
+            self._create_state(name, optimizer, stored)
+        held = self.held()
+        self._check_same(held, stored)
+        return held
+
+    def load_texts(self, texts: Mapping[str, str]) -> None:
+        """Put the objects back; the random generators last, so that nothing draws from them afterwards."""
+        for name, optimizer in self.optimizers.items():
+            if name in texts:
+                self._load_groups(name, optimizer, decode_object(texts[name]))
+        for name, module in self.modules.items():
+            if name in texts:
+                _bare(module).load_state_dict(decode_object(texts[name]), strict=False)
+        for name, item in self.others.items():
+            if name not in texts:
+                raise LayoutMismatch(f"the snapshot has no object {name!r}; it was written without it")
+            item.load_state_dict(_with_large(decode_object(texts[name]), name, item.state_dict()))
+        if RNG in texts:
+            _set_rng(decode_object(texts[RNG]))
+
+    # -- modules --
+
+    def _of_modules(self) -> Iterator[Held]:
+        trained = {
+            id(param) for optimizer in self.optimizers.values() for group in optimizer.param_groups for param in group["params"]
+        }
+        for name, module in self.modules.items():
+            replica, replicas, ranks = _replicas(module)
+            parameters = {id(param) for param in module.parameters()}
+            homes = {
+                id(tensor): (home, key)
+                for part in _bare(module).modules()
+                for home in (part._parameters, part._buffers)
+                for key, tensor in home.items()
+            }
+            seen: dict[int, str] = {}
+            for key, tensor in _bare(module).state_dict(keep_vars=True).items():
+                if not isinstance(tensor, torch.Tensor) or seen.setdefault(id(tensor), key) != key:
+                    continue  # a tied weight is one tensor under two names; it is stored under the first
+                is_parameter = id(tensor) in parameters
+                # DDP sends rank 0's buffers to all at the next forward; until then each rank has its own.
+                equal = (replica, replicas) if is_parameter else (0, 1)
+                placement = placement_of(f"{name}/{_fqn(key)}", tensor, replica=equal[0], replicas=equal[1])
+                if ranks and is_parameter and not placement.expected:
+                    placement = Placement(placement.spec, placement.boxes, *equal, ranks)
+                lazy = id(tensor) in trained or (is_parameter and not tensor.requires_grad)
+                yield Held(placement, tensor, lazy, homes.get(id(tensor)))
+
+    # -- optimizers --
+
+    def _names(self, name: str, optimizer: Optimizer) -> dict[int, tuple[str, Placement]]:
+        """For each parameter of the optimizer: its name, by identity, and how it is placed. Kept until `held` looks anew."""
+        if name not in self._named:
+            self._named[name] = self._find_names(optimizer)
+        return self._named[name]
+
+    def _find_names(self, optimizer: Optimizer) -> dict[int, tuple[str, Placement]]:
+        wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
+        found: dict[str, dict[int, tuple[str, Placement]]] = {}
+        for name, module in self.modules.items():
+            replica, replicas, ranks = _replicas(module)
+            for key, param in _bare(module).named_parameters():
+                if id(param) in wanted:
+                    placement = placement_of(_fqn(key), param, replica=replica, replicas=replicas)
+                    if ranks and not placement.expected:
+                        placement = Placement(placement.spec, placement.boxes, replica, replicas, ranks)
+                    found.setdefault(name, {})[id(param)] = (_fqn(key), placement)
+        prefix = len(found) > 1  # one optimizer over several modules: their parameters may share names
+        named = {
+            key: (f"{module}.{fqn}" if prefix else fqn, placement)
+            for module, params in found.items()
+            for key, (fqn, placement) in params.items()
+        }
+        for place, group in enumerate(optimizer.param_groups):
+            for number, param in enumerate(group["params"]):
+                if id(param) not in named:
+                    fallback = f"group-{place}.param-{number}"
+                    named[id(param)] = (fallback, placement_of(fallback, param))
+        return named
+
+    def _of_optimizers(self) -> Iterator[Held]:
+        for name, optimizer in self.optimizers.items():
+            names = self._names(name, optimizer)
+            for param, state in optimizer.state.items():
+                if id(param) not in names:
+                    continue
+                fqn, like = names[id(param)]
+                for key, value in state.items():
+                    if isinstance(value, torch.Tensor):
+                        yield _held_state(f"{name}/{fqn}/{key}", value, like, (state, key))
+
+    def _groups_of(self, name: str, optimizer: Optimizer) -> dict[str, Any]:
+        names = self._names(name, optimizer)
+        groups = [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [names[id(p)][0] for p in group["params"]],
+            }
+            for group in optimizer.param_groups
+        ]
+        scalars = {
+            names[id(param)][0]: kept
+            for param, state in optimizer.state.items()
+            if id(param) in names and (kept := {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)})
+        }
+        return {"param_groups": groups, "scalars": scalars}
+
+    def _load_groups(self, name: str, optimizer: Optimizer, stored: dict[str, Any]) -> None:
+        names = self._names(name, optimizer)
+        ours = [[names[id(param)][0] for param in group["params"]] for group in optimizer.param_groups]
+        theirs = [group["params"] for group in stored["param_groups"]]
+        if ours != theirs:
+            raise LayoutMismatch(
+                f"{name}: the snapshot has {len(theirs)} parameter groups over {sum(map(len, theirs))} parameters, this optimizer "
+                f"{len(ours)} over {sum(map(len, ours))}, or in another order; build the optimizer as it was built before"
+            )
+        for group, kept in zip(optimizer.param_groups, stored["param_groups"], strict=True):
+            group.update({key: value for key, value in kept.items() if key != "params"})
+        params = {names[id(param)][0]: param for group in optimizer.param_groups for param in group["params"]}
+        for fqn, kept in stored["scalars"].items():
+            optimizer.state[params[fqn]].update(kept)
+
+    def _create_state(self, name: str, optimizer: Optimizer, stored: Mapping[str, ArraySpec]) -> None:
+        names = self._names(name, optimizer)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                prefix = f"{name}/{names[id(param)][0]}/"
+                for array, spec in stored.items():
+                    key = array.removeprefix(prefix)
+                    if key != array and "/" not in key and "@" not in key and key not in optimizer.state[param]:
+                        optimizer.state[param][key] = _empty_state(param, spec, group)
+
+    # -- other objects --
+
+    def _of_others(self) -> Iterator[Held]:
+        for name, item in self.others.items():
+            for path, tensor in _large_tensors(item.state_dict(), name):
+                yield Held(placement_of(path, tensor), tensor, lazy=False)
+
+    def _check_same(self, held: list[Held], stored: Mapping[str, ArraySpec]) -> None:
+        ours = {item.name: item.placement.spec for item in held}
+        theirs = {name: spec for name, spec in stored.items() if "@rank-" not in name and name.split("/")[0] not in self.others}
+        missing = sorted(name for name in ours.keys() - theirs.keys() if name.split("/")[0] not in self.others)
+        extra = sorted(theirs.keys() - ours.keys())
+        if missing or extra:
+            raise LayoutMismatch(
+                f"the snapshot and the running state have different arrays: {_some(missing)} only here, {_some(extra)} only in the "
+                "snapshot; build the same model and optimizer as when it was taken"
+            )
+        for name, spec in theirs.items():
+            if ours[name] != spec:
+                raise LayoutMismatch(
+                    f"{name} is {ours[name].dtype}{list(ours[name].shape)} here and {spec.dtype}{list(spec.shape)} in the snapshot"
+                )
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_object(name: str, item: Any) -> None:
+    if not isinstance(name, str) or "/" in name or "@" in name:
+        raise StateError(f"protect(): {name!r} cannot name an object; use a short word such as 'model'")
+    check_name(name)
+    if name == RNG:
+        raise StateError(f"protect(): the name {RNG!r} is taken by the random generators, which are captured by themselves")
+    lacking = [method for method in ("state_dict", "load_state_dict") if not callable(getattr(item, method, None))]
+    if lacking:
+        raise StateError(
+            f"protect(): {name!r} is a {type(item).__qualname__} without {' and '.join(lacking)}; pass the object that holds the "
+            "state, or wrap it in one with both methods"
+        )
+
+
+def _parents(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "none"
+
+
+# -- modules and optimizers ---------------------------------------------------------------------------------------------
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def _fqn(key: str) -> str:
+    for wrapper in _WRAPPERS:
+        key = key.replace(wrapper, "")
+    return key
+
+
+def _replicas(module: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    """Which replica of how many a module's parameters are: known for DDP, else the module is taken as this rank's own."""
+    if not isinstance(module, DistributedDataParallel):
+        return 0, 1, ()
+    group = module.process_group
+    ranks = tuple(torch.distributed.get_process_group_ranks(group))
+    return torch.distributed.get_rank(group), len(ranks), ranks
+
+
+def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dict[Any, Any], Any]) -> Held:
+    """Optimizer state is placed as its parameter is: a DTensor says so itself, a plain tensor of DDP is equal on all replicas."""
+    placement = placement_of(name, value)
+    if not hasattr(value, "device_mesh") and like.replicas > 1:
+        placement = Placement(placement.spec, placement.boxes, like.replica, like.replicas, like.expected)
+    return Held(placement, value, value.dim() > 0, home)
+
+
+def _empty_state(param: torch.Tensor, spec: ArraySpec, group: Mapping[str, Any]) -> torch.Tensor:
+    dtype = getattr(torch, spec.dtype)
+    if tuple(param.shape) == spec.shape and spec.shape:
+        return torch.zeros_like(param.detach(), dtype=dtype)
+    on_device = bool(group.get("capturable") or group.get("fused"))
+    return torch.zeros(spec.shape, dtype=dtype, device=param.device if on_device else "cpu")
+
+
+# -- plain objects --------------------------------------------------------------------------------------------------------
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.nbytes >= LARGE_TENSOR_NBYTES
+
+
+def _large_tensors(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if _is_large(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _large_tensors(item, f"{path}/{key}")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _large_tensors(item, f"{path}/{place}")
+
+
+def _without_large(value: Any) -> Any:
+    """The value with its large tensors left out; an empty tensor stands in their place."""
+    if _is_large(value):
+        return value.new_empty(0)
+    if isinstance(value, dict):
+        return {key: _without_large(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_large(item) for item in value)
+    return value
+
+
+def _with_large(value: Any, name: str, live: Any) -> Any:
+    """`value` with the large tensors of `live`, which have been restored in place, put back."""
+    large = dict(_large_tensors(live, name))
+
+    def fill(part: Any, path: str) -> Any:
+        if path in large:
+            return large[path]
+        if isinstance(part, dict):
+            return {key: fill(item, f"{path}/{key}") for key, item in part.items()}
+        if type(part) in (list, tuple):
+            return type(part)(fill(item, f"{path}/{place}") for place, item in enumerate(part))
+        return part
+
+    return fill(value, name)
+
+
+# -- random generators ------------------------------------------------------------------------------------------------------
+
+
+def rng_states() -> dict[str, Any]:
+    """The state of every generator, as values of their own; call it before anything else could draw from them."""
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

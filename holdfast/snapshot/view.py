@@ -1,0 +1,146 @@
+"""Who takes part: the membership of one epoch, and the records of what a node holds. Plain values with a JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+from holdfast.coding import RotatingLayout
+
+
+class _Json:
+    """`to_json` and `from_json` for frozen dataclasses of plain values, tuples and other such dataclasses."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Self:
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _restore(hints[name], value) for name, value in fields.items()})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None:
+        return None
+    if origin in (types.UnionType, typing.Union):
+        return _restore(arguments[0], value)
+    if origin is tuple:
+        return tuple(_restore(arguments[0], item) for item in value)
+    if isinstance(hint, type) and issubclass(hint, _Json):
+        return hint.from_json(value)
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class RankRecord(_Json):
+    """One rank's snapshot in a slot: what a reader needs to find and check it."""
+
+    rank: int
+    payload_nbytes: int
+    meta_nbytes: int
+    meta_crc32c: int
+    body_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord(_Json):
+    """What one node holds of a step. Its bytes are the bodies of its ranks, in order, each padded to `stride` bytes."""
+
+    node: int
+    ranks: tuple[RankRecord, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stride(record) for record in self.ranks)
+
+
+def stride(record: RankRecord) -> int:
+    return -(-record.body_nbytes // 64) * 64
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord(_Json):
+    """A parity group at one step, in the order of its positions; stored with every parity slot, so any survivor knows all."""
+
+    epoch: int
+    step: int
+    index: int
+    world: int
+    parity: int
+    records: tuple[NodeRecord, ...]
+
+    @property
+    def layout(self) -> RotatingLayout:
+        return RotatingLayout(len(self.records), self.parity)
+
+    @property
+    def block_nbytes(self) -> int:
+        return self.layout.block_length(record.nbytes for record in self.records)
+
+    def position(self, node: int) -> int:
+        return next(place for place, record in enumerate(self.records) if record.node == node)
+
+
+@dataclass(frozen=True, slots=True)
+class Member(_Json):
+    """A node and how its keeper is reached. `host` is equal for keepers that can map each other's memory."""
+
+    node: int
+    host: str
+    address: str
+    port: int
+    token: str
+    memory: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View(_Json):
+    """The membership of one epoch and the settings that all of it shares.
+
+    `committed` is the step that was restored, in slot `index`; `in_memory` that the slots hold
+    it (else their content is void), and `protected` that every node has it committed with parity.
+    """
+
+    job: str
+    epoch: int
+    world: int
+    members: tuple[Member, ...]
+    parity: int
+    group_size: int
+    every: int
+    checkpoint_every: int
+    checkpoints: str | None
+    committed: int
+    index: int
+    protected: bool
+    in_memory: bool
+
+    @property
+    def coordinator(self) -> int:
+        return min(member.node for member in self.members)
+
+    def member(self, node: int) -> Member:
+        return next(member for member in self.members if member.node == node)
+
+    def group_of(self, node: int) -> tuple[int, ...]:
+        """The nodes that protect each other with `node`, in order."""
+        return next(group for group in groups(tuple(member.node for member in self.members), self.group_size) if node in group)
+
+
+def groups(nodes: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    """Runs of `size` nodes; what is left over joins the last run rather than stand unprotected."""
+    count = max(1, len(nodes) // size)
+    cuts = [place * size for place in range(count)] + [len(nodes)]
+    return [nodes[start:stop] for start, stop in pairwise(cuts)]
+
+
+def effective_parity(parity: int, members: int) -> int:
+    """Parities a group of this size can hold: one node alone has none, two mirror each other."""
+    return min(parity, members - 1)

@@ -1,0 +1,185 @@
+"""Messages between keepers, and between a trainer and its keeper: a small JSON header and, where there are any, raw bytes.
+
+A frame is two big-endian 32-bit lengths, the header and the payload. Both lengths are bounded before anything is allocated, a
+TCP connection has to show the keeper's token first, and nothing that arrives is ever executed or unpickled.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from holdfast import errors
+from holdfast.errors import ClusterError, HoldfastError, KeeperUnreachable
+
+logger = logging.getLogger(__name__)
+
+HEADER_LIMIT = 64 << 20
+PAYLOAD_LIMIT = 1 << 30
+_LENGTHS = struct.Struct("!II")
+
+Header = dict[str, Any]
+Reply = tuple[Header, memoryview | bytes]
+Handler = Callable[[str, Header, memoryview], Reply | Header | None]
+
+
+# -- frames ------------------------------------------------------------------------------------------------------------
+
+
+def send_frame(sock: socket.socket, header: Header, payload: memoryview | bytes = b"") -> None:
+    body = json.dumps(header, separators=(",", ":")).encode()
+    sock.sendall(_LENGTHS.pack(len(body), len(payload)) + body)
+    if len(payload):
+        sock.sendall(payload)
+
+
+def receive_frame(sock: socket.socket, out: memoryview | None = None) -> tuple[Header, memoryview]:
+    """The next frame; a payload that fits lands in `out`. Raises EOFError when the other side has closed."""
+    header_nbytes, payload_nbytes = _LENGTHS.unpack(_receive_exactly(sock, memoryview(bytearray(_LENGTHS.size))))
+    if header_nbytes > HEADER_LIMIT or payload_nbytes > PAYLOAD_LIMIT:
+        raise ClusterError(
+            f"a peer announced a frame of {header_nbytes} + {payload_nbytes} bytes; it does not speak our protocol"
+        )
+    try:
+        header = json.loads(bytes(_receive_exactly(sock, memoryview(bytearray(header_nbytes)))))
+    except ValueError as error:
+        raise ClusterError(f"a peer sent a header that is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise ClusterError("a peer sent a header that is not a JSON object")
+    fits = out is not None and len(out) >= payload_nbytes
+    target = out[:payload_nbytes] if out is not None and fits else memoryview(bytearray(payload_nbytes))
+    return header, _receive_exactly(sock, target)
+
+
+def _receive_exactly(sock: socket.socket, out: memoryview) -> memoryview:
+    have = 0
+    while have < len(out):
+        count = sock.recv_into(out[have:], 0, socket.MSG_WAITALL)
+        if count == 0:
+            raise EOFError("connection closed")
+        have += count
+    return out
+
+
+# -- the asking side ---------------------------------------------------------------------------------------------------
+
+
+class Connection:
+    """One request at a time to one keeper. Any failure of the transport closes it and raises KeeperUnreachable.
+
+    An error that the keeper itself raised arrives as the same class of holdfast.errors with the same words.
+    """
+
+    def __init__(self, address: str | tuple[str, int], token: str, *, timeout_s: float = 60.0) -> None:
+        self.address = address
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        self._sock = socket.socket(family, socket.SOCK_STREAM)
+        self._lock = threading.Lock()
+        try:
+            self._sock.settimeout(timeout_s)
+            self._sock.connect(address)
+            if family == socket.AF_INET:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except OSError as error:
+            self._sock.close()
+            raise KeeperUnreachable(f"no keeper answers at {_text(address)} ({error})") from error
+        self.ask("auth", token=token)
+
+    def ask(self, verb: str, payload: memoryview | bytes = b"", *, out: memoryview | None = None, **fields: Any) -> Any:
+        """Send a request, wait for its answer; returns the header, or (header, payload) where the answer has bytes."""
+        with self._lock:
+            try:
+                send_frame(self._sock, {"verb": verb, **fields}, payload)
+                header, body = receive_frame(self._sock, out)
+            except (OSError, EOFError, ClusterError) as error:
+                self.close()
+                raise KeeperUnreachable(f"the keeper at {_text(self.address)} went away during {verb!r} ({error})") from error
+        if "error" in header:
+            raise _error_class(header["error"])(header["message"])
+        return (header, body) if len(body) else header
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def _error_class(name: str) -> type[HoldfastError]:
+    found = getattr(errors, name, ClusterError)
+    return found if isinstance(found, type) and issubclass(found, HoldfastError) else ClusterError
+
+
+def _text(address: str | tuple[str, int]) -> str:
+    return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
+
+
+# -- the answering side ------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Answers every connection on its own thread with `handler(verb, header, payload)` until closed.
+
+    A connection whose first frame is not the right token is closed. `on_close(connection_id)` tells which one ended.
+    """
+
+    def __init__(
+        self, listeners: list[socket.socket], token: str, handler: Handler, on_close: Callable[[int], None] | None = None
+    ) -> None:
+        self._listeners, self._token, self._handler, self._on_close = listeners, token, handler, on_close
+        self._open: set[socket.socket] = set()
+        self._closed = threading.Event()
+        for listener in listeners:
+            threading.Thread(target=self._accept, args=(listener,), name="holdfast-accept", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        for sock in (*self._listeners, *tuple(self._open)):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that blocks in accept or recv; close alone does not
+            sock.close()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while not self._closed.is_set():
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            self._open.add(sock)
+            threading.Thread(target=self._serve, args=(sock,), name="holdfast-serve", daemon=True).start()
+
+    def _serve(self, sock: socket.socket) -> None:
+        try:
+            with sock:
+                header, _ = receive_frame(sock)
+                if header.get("verb") != "auth" or not hmac.compare_digest(str(header.get("token", "")), self._token):
+                    send_frame(sock, {"error": "ClusterError", "message": "wrong token: this keeper belongs to another run"})
+                    return
+                send_frame(sock, {})
+                while not self._closed.is_set():
+                    self._answer(sock, *receive_frame(sock))
+        except (OSError, EOFError):
+            pass
+        except ClusterError as error:
+            logger.warning("closed a connection: %s", error)
+        finally:
+            self._open.discard(sock)
+            if self._on_close is not None:
+                self._on_close(id(sock))
+
+    def _answer(self, sock: socket.socket, header: Header, payload: memoryview) -> None:
+        verb = str(header.pop("verb", ""))
+        header["connection"] = id(sock)
+        try:
+            reply = self._handler(verb, header, payload)
+        except HoldfastError as error:
+            reply = {"error": type(error).__name__, "message": str(error)}
+        except (KeyError, TypeError, ValueError) as error:
+            logger.exception("request %r could not be answered", verb)
+            reply = {"error": "ClusterError", "message": f"the keeper could not answer {verb!r}: {error!r}"}
+        fields, body = reply if isinstance(reply, tuple) else (reply or {}, b"")
+        send_frame(sock, fields, body)
