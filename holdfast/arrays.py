@@ -400,11 +400,13 @@ def check_coverage(specs: Iterable[ArraySpec], pieces: dict[str, list[Box]]) -> 
 
 
 def _overlaps(boxes: list[Box]) -> Iterator[Box]:
-    """Pairs that share elements, found by sweeping along the first dimension (1-D and row layouts cost n log n)."""
+    """Pairs that share elements, found by sweeping along the most finely cut dimension (one cut dimension costs n log n)."""
     active: list[Box] = []
-    for box in sorted(boxes, key=lambda box: box.offset):
-        start = box.offset[0] if box.offset else 0
-        active = [other for other in active if other.offset and other.end[0] > start]
+    dims = range(len(boxes[0].offset)) if boxes else ()
+    along = max(dims, key=lambda dim: len({box.offset[dim] for box in boxes}), default=0)
+    for box in sorted(boxes, key=lambda box: box.offset[along:]):
+        start = box.offset[along] if box.offset else 0
+        active = [other for other in active if other.offset and other.end[along] > start]
         for other in active:
             common = box.intersect(other)
             if common is not None:

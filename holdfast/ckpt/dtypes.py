@@ -1,7 +1,7 @@
 """Zarr data types that zarr-python does not have yet: bfloat16 and the two float8 kinds.
 
-Registered by entry point (`zarr.data_type`), so that with holdfast installed plain zarr-python opens every checkpoint. numpy
-has no such numbers, so elements appear as unsigned integers that hold their bits; to see them as what they are:
+Importing this file registers them; with holdfast installed zarr-python does so by itself (`zarr_hook.py`). numpy has no such
+numbers, so elements appear as unsigned integers that hold their bits; to see them as what they are:
 `torch.from_numpy(array[...]).view(torch.bfloat16)`.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from zarr.dtype import DataTypeValidationError, UInt8, UInt16
+from zarr.dtype import DataTypeValidationError, UInt8, UInt16, data_type_registry
 
 
 class _RawBits:
@@ -44,3 +44,7 @@ class Float8E5M2(_RawBits, UInt8):
     """float8_e5m2 as its 8 bits."""
 
     _zarr_v3_name: ClassVar[Any] = "float8_e5m2"
+
+
+for _kind in (BFloat16, Float8E4M3FN, Float8E5M2):
+    data_type_registry.register(_kind._zarr_v3_name, _kind)

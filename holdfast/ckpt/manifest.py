@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from holdfast.arrays import Box
+from holdfast.arrays import ITEMSIZE, Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, Crcs
 from holdfast.ckpt.steps import COMMIT, FRAGMENTS, LAYOUT, OBJECTS
-from holdfast.ckpt.strips import Run
+from holdfast.ckpt.strips import ArrayLayout, Run
 from holdfast.errors import CorruptData, MissingData, NotACheckpoint, UnsupportedFormat
 
 FORMAT = "holdfast-checkpoint"
@@ -103,14 +103,14 @@ def runs_table(runs: Iterable[StoredRun]) -> pa.Table:
 
 
 def runs_of(table: pa.Table) -> list[StoredRun]:
-    """The rows of a runs table; raises CorruptData for rows that no writer writes."""
+    """The rows of a runs table; raises CorruptData for rows that no writer writes. See `placed` for the rest of the checks."""
     columns = {name: table.column(name).to_pylist() for name in RUNS_SCHEMA.names if name != "block_crc32c"}
     blocks = table.column("block_crc32c").combine_chunks()
     values, bounds = blocks.values.to_numpy(zero_copy_only=False), blocks.offsets.to_numpy()
     runs = [
         StoredRun(
             array,
-            Run(Box(tuple(offset), tuple(shape)), file, at),
+            _unplaced(offset, shape, file, at),
             nbytes,
             crc,
             values[bounds[row] : bounds[row + 1]],
@@ -125,6 +125,32 @@ def runs_of(table: pa.Table) -> list[StoredRun]:
         if run.nbytes <= 0 or run.run.byte_offset < 0 or len(run.blocks) != -(-run.nbytes // BLOCK_NBYTES):
             raise CorruptData(f"{FRAGMENTS}: the row of {run.array} at {run.box.offset} is impossible")
     return runs
+
+
+def _unplaced(offset: list[int], shape: list[int], file: str, byte_offset: int) -> Run:
+    box = Box(tuple(offset), tuple(shape))
+    return Run(box, file, byte_offset, box)
+
+
+def placed(stored: StoredRun, layout: ArrayLayout | None, where: str) -> StoredRun:
+    """The run as its array's layout has it; CorruptData when a table says that it lies anywhere else.
+
+    A file is thereby opened only under a name that the format itself gives it.
+    """
+    if layout is None:
+        raise CorruptData(f"{where}: {stored.array} is no array of this checkpoint")
+    box, shape = stored.box, layout.spec.shape
+    inside = len(box.offset) == len(box.shape) == len(shape) and min((*box.offset, *box.shape), default=0) >= 0
+    if not inside or not Box.whole(shape).contains(box):
+        raise CorruptData(f"{where}: {stored.array}: a run at {box.offset} lies outside the array")
+    runs = layout.runs(box)
+    found = (stored.run.file, stored.run.byte_offset, stored.nbytes)
+    if len(runs) != 1 or found != (runs[0].file, runs[0].byte_offset, runs[0].held.size * ITEMSIZE[layout.spec.dtype]):
+        raise CorruptData(
+            f"{where}: {stored.array}: the run at {box.offset} is said to be {stored.nbytes} bytes at "
+            f"{stored.run.file}+{stored.run.byte_offset}, where the format does not put it"
+        )
+    return replace(stored, run=runs[0])
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------

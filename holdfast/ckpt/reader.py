@@ -29,6 +29,7 @@ from holdfast.ckpt.manifest import (
     CommitRecord,
     StoredRun,
     from_parquet,
+    placed,
     read_checked,
     read_commit,
     runs_of,
@@ -102,22 +103,12 @@ class Checkpoint:
     def _checked_runs(self, name: str) -> list[StoredRun]:
         layout = self.layouts[name]
         start, stop = self._rows_of.get(name, (0, 0))
-        runs = runs_of(self.table.slice(start, stop - start))
-        dims = len(layout.spec.shape)
-        for run in runs:
-            box = run.box
-            inside = len(box.offset) == len(box.shape) == dims and min((*box.offset, *box.shape), default=0) >= 0
-            if not inside or not Box.whole(layout.spec.shape).contains(box):
-                raise CorruptData(f"{self.path / FRAGMENTS}: {name}: a run at {box.offset} lies outside the array")
-            if layout.runs(box) != [run.run] or run.nbytes != box.size * ITEMSIZE[layout.spec.dtype]:
-                raise CorruptData(
-                    f"{self.path / FRAGMENTS}: {name}: the run at {box.offset} is said to be at "
-                    f"{run.run.file}+{run.run.byte_offset}, where the format does not put it"
-                )
+        where = str(self.path / FRAGMENTS)
+        runs = [placed(run, layout, where) for run in runs_of(self.table.slice(start, stop - start))]
         try:
             check_coverage([layout.spec], {name: [run.box for run in runs]})
         except LayoutMismatch as error:
-            raise CorruptData(f"{self.path / FRAGMENTS}: {error}") from error
+            raise CorruptData(f"{where}: {error}") from error
         return runs
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -219,7 +210,7 @@ class Checkpoint:
         start, stop = aligned(read)
         data = self.read_run(read.run, start, stop)
         for want, part in read.cuts:
-            source = box_view(data, read.run.box, part, want.dtype, start)
+            source = box_view(data, read.run.run.held, part, want.dtype, start)
             box_view(outs[want.target], want.box, part, want.dtype)[...] = source
 
     def read_run(self, run: StoredRun, start: int, stop: int) -> memoryview:
@@ -268,7 +259,7 @@ class Checkpoint:
         """The rows of the run that a checksum block touches; whole rows, since a block may begin inside one."""
         if not run.box.shape:
             return run.box
-        row_nbytes = run.nbytes // run.box.shape[0]
+        row_nbytes = run.nbytes // run.run.held.shape[0]
         start = block * BLOCK_NBYTES
         stop = min(start + BLOCK_NBYTES, run.nbytes)
         return run.box.rows(start // row_nbytes, -(-stop // row_nbytes))

@@ -91,14 +91,14 @@ def aligned(read: Read) -> tuple[int, int]:
 def _goes_straight(run: StoredRun, want: Want, common: Box) -> bool:
     return (
         common.size * ITEMSIZE[want.dtype] >= BLOCK_NBYTES
-        and is_contiguous(common, run.box)
+        and is_contiguous(common, run.run.held)
         and is_contiguous(common, want.box)
     )
 
 
 def _direct(run: StoredRun, want: Want, common: Box) -> list[Read]:
     itemsize = ITEMSIZE[want.dtype]
-    start, at = flat_offset(common, run.box) * itemsize, flat_offset(common, want.box) * itemsize
+    start, at = flat_offset(common, run.run.held) * itemsize, flat_offset(common, want.box) * itemsize
     stop = start + common.size * itemsize
     # Cut at block boundaries, so that no block is read for two neighbours.
     cuts = [start, *range((start // READ_NBYTES + 1) * READ_NBYTES, stop, READ_NBYTES), stop]
@@ -108,8 +108,8 @@ def _direct(run: StoredRun, want: Want, common: Box) -> list[Read]:
 def _sieve(run: StoredRun, want: Want, common: Box) -> list[SieveRead]:
     itemsize = ITEMSIZE[want.dtype]
     reads = []
-    for part in _split(common, run.box, itemsize):
-        start, stop = _span(part, run.box, itemsize)
+    for part in _split(common, run.run.held, itemsize):
+        start, stop = _span(part, run.run.held, itemsize)
         reads.append(SieveRead(run, start, stop, ((want, part),)))
     return reads
 

@@ -26,11 +26,16 @@ MAX_SHARD_NBYTES = 4 << 30
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A box whose bytes lie side by side in one file, in row-major order."""
+    """A box whose bytes lie side by side in one file, in row-major order.
+
+    `held` is the box that the bytes are laid out as: larger than `box` only where the last strip of an uneven cut is padded to
+    the width of the others. Padding is zero.
+    """
 
     box: Box
     file: str
     byte_offset: int
+    held: Box
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,7 @@ class ArrayLayout:
 
     @property
     def strip_grid(self) -> Shape:
-        return tuple(extent // width for extent, width in zip(self.spec.shape[1:], self.strip, strict=True))
+        return tuple(-(-extent // max(1, width)) for extent, width in zip(self.spec.shape[1:], self.strip, strict=True))
 
     @property
     def is_plain(self) -> bool:
@@ -89,7 +94,7 @@ class ArrayLayout:
         if not box.size:
             return []
         if not self.spec.shape:
-            return [Run(box, self.file(0), 0)]
+            return [Run(box, self.file(0), 0, box)]
         first, last = box.offset[0] // self.shard_rows, (box.end[0] - 1) // self.shard_rows
         return [run for shard in range(first, last + 1) for run in self._runs_in_shard(box, shard)]
 
@@ -102,9 +107,16 @@ class ArrayLayout:
             base = flat_index(where, self.strip_grid) * strip_nbytes
             common = box.intersect(strip)
             assert common is not None
-            for part in contiguous_parts(common, strip):
-                at = flat_offset(part, strip) * ITEMSIZE[self.spec.dtype]
-                yield Run(part, self.file(shard), base + at)
+            for held in contiguous_parts(self._padded(common, strip), strip):
+                part = held.intersect(common)
+                if part is not None:  # None where a strip is padded in two dimensions
+                    yield Run(part, self.file(shard), base + flat_offset(held, strip) * ITEMSIZE[self.spec.dtype], held)
+
+    def _padded(self, box: Box, strip: Box) -> Box:
+        """`box` with the padding that follows it: a writer of the array's last columns fills the strip."""
+        edges = zip(box.end[1:], strip.end[1:], self.spec.shape[1:], strict=True)
+        end = (box.end[0], *(wide if edge == extent else edge for edge, wide, extent in edges))
+        return Box(box.offset, tuple(stop - start for start, stop in zip(box.offset, end, strict=True)))
 
 
 def choose_layout(spec: ArraySpec, boxes: Iterable[Box]) -> ArrayLayout:
@@ -123,13 +135,11 @@ def choose_layout(spec: ArraySpec, boxes: Iterable[Box]) -> ArrayLayout:
 
 
 def _strip(spec: ArraySpec, boxes: Iterable[Box]) -> Shape:
-    """Whole rows, unless some box is not contiguous in them: then the widest step that meets every column boundary."""
+    """Whole rows, unless some box is not contiguous in them: then the widest step that meets every inner column boundary."""
     whole = Box.whole(spec.shape)
     columns = {(box.offset[1:], box.end[1:]) for box in boxes if box.size and not is_contiguous(box, whole)}
-    return tuple(
-        math.gcd(extent, *(start[dim] for start, _ in columns), *(end[dim] for _, end in columns))
-        for dim, extent in enumerate(spec.shape[1:])
-    )
+    edges = [{start[dim] for start, _ in columns} | {end[dim] for _, end in columns} for dim in range(len(spec.shape) - 1)]
+    return tuple(math.gcd(*(found - {0, extent})) or extent for found, extent in zip(edges, spec.shape[1:], strict=True))
 
 
 def _chunk(rows: int, strip: Shape, itemsize: int) -> Shape:

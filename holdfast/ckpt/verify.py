@@ -16,7 +16,7 @@ from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
 from holdfast.ckpt.manifest import StoredRun, read_document
 from holdfast.ckpt.strips import ArrayLayout
-from holdfast.ckpt.views import contiguous_bytes
+from holdfast.ckpt.views import run_bytes
 from holdfast.ckpt.zarrdoc import array_document, group_document, groups, shard_index
 from holdfast.errors import HoldfastError
 
@@ -187,7 +187,7 @@ def _check_small(checkpoint: Checkpoint, layout: ArrayLayout) -> Iterator[Damage
     """The copy of a small array in objects.parquet against the checksums of its runs."""
     whole = Box.whole(layout.spec.shape)
     for run in checkpoint.runs(layout.spec.name):
-        data = contiguous_bytes(memoryview(checkpoint.small[layout.spec.name]), whole, run.box, layout.spec.dtype)
+        data = run_bytes(memoryview(checkpoint.small[layout.spec.name]), whole, run.run, layout.spec.dtype)
         if not np.array_equal(block_crcs(data), run.blocks):
             what = "the copy in objects.parquet differs from what was saved"
             yield Damage(run.array, run.run.file, run.run.byte_offset, run.nbytes, run.box.offset, run.box.shape, what)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.arrays import ITEMSIZE, Box
-from holdfast.ckpt.strips import flat_offset
+from holdfast.ckpt.strips import Run, flat_offset, is_contiguous
 
 _CARRIERS: dict[int, np.dtype[Any]] = {
     1: np.dtype("u1"),
@@ -34,6 +34,18 @@ def box_view(buffer: memoryview, within: Box, part: Box, dtype: str, start_nbyte
 def copy_box(source: memoryview, source_box: Box, target: memoryview, target_box: Box, part: Box, dtype: str) -> None:
     """Copy the elements of `part` from a buffer that holds `source_box` to one that holds `target_box`."""
     box_view(target, target_box, part, dtype)[...] = box_view(source, source_box, part, dtype)
+
+
+def run_bytes(view: memoryview, within: Box, run: Run, dtype: str) -> memoryview:
+    """What a run stores, from a buffer that holds `within`: a part of it where the bytes are side by side, else a copy."""
+    if run.held == run.box and is_contiguous(run.box, within):
+        at = flat_offset(run.box, within) * ITEMSIZE[dtype]
+        return view[at : at + run.box.size * ITEMSIZE[dtype]]
+    if run.held == run.box:
+        return contiguous_bytes(view, within, run.box, dtype)
+    padded = memoryview(bytearray(run.held.size * ITEMSIZE[dtype]))
+    copy_box(view, within, padded, run.held, run.box, dtype)
+    return padded
 
 
 def contiguous_bytes(view: memoryview, within: Box, part: Box, dtype: str) -> memoryview:

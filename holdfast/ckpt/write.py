@@ -24,11 +24,11 @@ from holdfast.arrays import SMALL_ARRAY_NBYTES, Box, Fragment, check_coverage
 from holdfast.ckpt.blocks import BLOCK_NBYTES, Crcs, block_crcs, combine
 from holdfast.ckpt.durable import check_room, disk_errors, replace_durably, sync_files, sync_path, write_file
 from holdfast.ckpt.journal import Journal, box_place, journal_path
-from holdfast.ckpt.manifest import DOCUMENTS, CommitRecord, StoredRun, objects_table, runs_table, sha256, to_parquet
+from holdfast.ckpt.manifest import DOCUMENTS, CommitRecord, StoredRun, objects_table, placed, runs_table, sha256, to_parquet
 from holdfast.ckpt.plan import WritePlan
 from holdfast.ckpt.steps import COMMIT, FRAGMENTS, JOURNALS, LATEST, LAYOUT, OBJECTS, step_name, temporary_name
-from holdfast.ckpt.strips import Run, flat_offset, is_contiguous
-from holdfast.ckpt.views import as_bytes, contiguous_bytes, copy_box
+from holdfast.ckpt.strips import Run
+from holdfast.ckpt.views import as_bytes, copy_box, run_bytes
 from holdfast.ckpt.zarrdoc import array_document, group_document, groups, root_document, shard_index, to_json
 from holdfast.coding import crc32c
 from holdfast.errors import ConfigError, CorruptData, LayoutMismatch, StateError
@@ -123,7 +123,6 @@ class _FragmentWrite:
     row: Fragment
     view: memoryview
     runs: list[_RunWrite]
-    in_order: bool
 
     @classmethod
     def start(
@@ -132,22 +131,18 @@ class _FragmentWrite:
         if len(view) != row.nbytes:
             raise StateError(f"{row.array}, rank {row.rank}: {len(view)} bytes were given, the fragment has {row.nbytes}")
         runs = plan.runs(row)
-        writes, in_order = [], True
+        writes = []
         for run in runs:
-            if is_contiguous(run.box, row.box):
-                at = flat_offset(run.box, row.box) * (row.nbytes // row.box.size)
-                data = view[at : at + row.nbytes * run.box.size // row.box.size]
-            else:
-                data, in_order = contiguous_bytes(view, row.box, run.box, row.dtype), False
+            data = run_bytes(view, row.box, run, row.dtype)
             parts = range(0, len(data), SEGMENT_NBYTES)
             write = partial(_write_segment, directory / run.file)
             segments = [pool.submit(write, run.byte_offset + part, data[part : part + SEGMENT_NBYTES]) for part in parts]
             writes.append(_RunWrite(run, data, segments))
-        return cls(row, view, writes, in_order)
+        return cls(row, view, writes)
 
     def crc(self, crcs: Sequence[Crcs]) -> int:
-        """CRC32C of the fragment's own bytes, from its runs' blocks where the runs follow one another in it."""
-        if self.in_order and len(self.runs) == 1:
+        """CRC32C of the fragment's own bytes: from its blocks when it is one run, as it nearly always is."""
+        if len(self.runs) == 1 and len(self.runs[0].view) == self.row.nbytes:
             return combine(crcs[0], self.row.nbytes)
         return crc32c(self.view)
 
@@ -238,7 +233,7 @@ def _check_journals(plan: WritePlan, nodes: Sequence[int], journals: Sequence[Jo
                 f"step {plan.step}: node {node} wrote plan {journal.plan_digest}, the coordinator has {plan.digest}; "
                 "all nodes have to plan from the same fragment table"
             )
-    runs = [run for journal in journals for run in journal.runs]
+    runs = [placed(run, plan.arrays.get(run.array), "journal") for journal in journals for run in journal.runs]
     boxes: dict[str, list[Box]] = {}
     for run in runs:
         boxes.setdefault(run.array, []).append(run.box)
@@ -277,7 +272,7 @@ def _small_arrays(plan: WritePlan, runs: Iterable[StoredRun], journals: Iterable
         if run.array in small:
             spec = plan.arrays[run.array].spec
             data, target = memoryview(pieces[box_place(run.array, run.box)]), memoryview(small[run.array])
-            copy_box(data, run.box, target, Box.whole(spec.shape), run.box, spec.dtype)
+            copy_box(data, run.run.held, target, Box.whole(spec.shape), run.box, spec.dtype)
     return {name: bytes(data) for name, data in small.items()}
 
 

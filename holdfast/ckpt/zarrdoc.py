@@ -26,7 +26,8 @@ MISSING_CHUNK = 2**64 - 1
 def array_document(layout: ArrayLayout) -> dict[str, Any]:
     """zarr.json of one array."""
     shape = layout.spec.shape
-    outer = (layout.shard_rows, *(max(1, extent) for extent in shape[1:])) if shape else ()
+    across = (max(1, count * width) for count, width in zip(layout.strip_grid, layout.strip, strict=True))
+    outer = (layout.shard_rows, *across) if shape else ()
     codecs = [LITTLE] if layout.is_plain else [_sharding(layout)]
     return {
         "zarr_format": 3,
@@ -74,7 +75,7 @@ def _check_grid(layout: ArrayLayout) -> None:
     fits = len(strip) == len(shape) - 1 and len(chunk) == len(shape) and min(*strip, *chunk, layout.shard_rows) > 0
     if not (
         fits
-        and all(extent % width == 0 for extent, width in zip(shape[1:], strip, strict=True))
+        and all(width <= extent for extent, width in zip(shape[1:], strip, strict=True))
         and all(width % part == 0 for width, part in zip(strip, chunk[1:], strict=True))
         and layout.shard_rows % chunk[0] == 0
     ):
@@ -142,7 +143,7 @@ def shard_index(layout: ArrayLayout, shard: int) -> bytes:
 def _chunks_across(layout: ArrayLayout, strip_nbytes: int, chunk_nbytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     """Offsets of the chunks of one band of rows, in the order of Zarr's grid over the trailing dimensions."""
     per_strip = tuple(width // part for width, part in zip(layout.strip, layout.chunk[1:], strict=True))
-    grid = tuple(extent // part for extent, part in zip(layout.spec.shape[1:], layout.chunk[1:], strict=True))
+    grid = tuple(strips * count for strips, count in zip(layout.strip_grid, per_strip, strict=True))
     offsets = np.zeros(grid, np.uint64)
     for where in np.ndindex(*grid):
         strip = tuple(index // count for index, count in zip(where, per_strip, strict=True))
