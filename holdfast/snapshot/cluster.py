@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.environment import home, runtime_dir
+from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
 
@@ -244,9 +244,9 @@ class JobStatus:
     nodes: list[NodeStatus]
 
 
-def status(name: str | None = None, *, memory: Path = Path("/dev/shm")) -> list[JobStatus]:
+def status(name: str | None = None, *, memory: Path | None = None) -> list[JobStatus]:
     """Every run with keepers on this host, or the one called `name`."""
-    base = home(memory)
+    base = home(memory or Environment.read().memory)
     jobs = sorted(path for path in base.iterdir() if path.is_dir()) if base.is_dir() else []
     return [_job_status(path) for path in jobs if name is None or path.name == name]
 
@@ -313,12 +313,13 @@ class Cleared:
     nbytes: int
 
 
-def down(*, memory: Path = Path("/dev/shm"), ray_address: str | None = None) -> Cleared:
+def down(*, memory: Path | None = None, ray_address: str | None = None) -> Cleared:
     """End every keeper of this user on this host and the local Ray, and remove their memory and files.
 
     Snapshots in memory are gone afterwards; checkpoints are not touched.
     """
     with _host_lock():
+        memory = memory or Environment.read().memory
         base = home(memory)
         nbytes = sum(_size(place) for place in base.glob("*/node-*"))
         nodes = [node for job in status(memory=memory) for node in job.nodes if node.alive]
