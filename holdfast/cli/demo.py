@@ -169,15 +169,16 @@ def run_demo(settings: DemoSettings) -> DemoReport:
         reference = stage.train("reference", settings.all_steps, settings.ranks, *settings.options, "--bare")
         protected, recoveries = _train_and_kill(stage, settings)
         stage.say("comparing parameters, optimizer state and losses with the reference")
-        found = [*loss_differences(reference.read(), protected.read()), *state_differences(reference.final, protected.final)]
-        checkpoint = _go_on_elsewhere(stage, settings, reference.read())
+        bare, log = reference.read(), protected.read()
+        found = [*loss_differences(bare, log), *state_differences(reference.final, protected.final)]
+        checkpoint = _go_on_elsewhere(stage, settings, bare)
     return DemoReport(
         bit_identical=not found,
         differences=found,
         steps_lost=sum(recovery.steps_lost for recovery in recoveries),
         recoveries=recoveries,
-        stall_ms_per_step=round(protected.read().stall_ms_per_step(), 3),
-        step_ms={"bare": round(reference.read().step_ms(), 1), "protected": round(protected.read().step_ms(), 1)},
+        stall_ms_per_step=round(log.stall_ms_per_step(), 3),
+        step_ms={"bare": round(bare.step_ms(), 1), "protected": round(log.step_ms(), 1)},
         checkpoint=checkpoint,
         seconds=round(time.monotonic() - started, 1),
         settings={**asdict(settings), "keep": str(settings.keep) if settings.keep else None},
