@@ -48,7 +48,7 @@ class Environment:
             ray_address=env.get("HOLDFAST_RAY_ADDRESS") or env.get("RAY_ADDRESS") or None,
             memory=Path(env.get("HOLDFAST_MEMORY") or "/dev/shm"),
             keepers=env.get("HOLDFAST_KEEPERS") or "ray",
-            bind=env.get("HOLDFAST_BIND") or "127.0.0.1",
+            bind=env.get("HOLDFAST_BIND") or _address(env),
         )
 
 
@@ -58,6 +58,21 @@ def _number(env: Mapping[str, str], name: str, default: int) -> int:
         return int(text) if text else default
     except ValueError as error:
         raise ConfigError(f"the environment says {name}={text!r}; a whole number is needed") from error
+
+
+def _address(env: Mapping[str, str]) -> str:
+    """Where keepers listen: nowhere but here while the job is on one host, else where the other hosts are reached from."""
+    master = env.get("MASTER_ADDR", "")
+    if _number(env, "GROUP_WORLD_SIZE", 1) == 1 or master in ("", "localhost") or master.startswith("127."):
+        return "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, 9))  # no packet is sent; the kernel only picks the route
+            return str(probe.getsockname()[0])
+        except OSError as error:
+            raise ConfigError(
+                f"no route to MASTER_ADDR={master} ({error}); set HOLDFAST_BIND to this host's address"
+            ) from error
 
 
 def home(memory: Path) -> Path:

@@ -76,16 +76,28 @@ def arm(handler: Callable[[str], None] | None) -> None:
 def arm_from_text(schedule: str, *, role: str, place: int) -> None:
     """Arm this process with a schedule: [{"at": point, "role": "keeper" or "trainer", "place": node or rank, "nth": n}, …].
 
-    The process is killed with SIGKILL, as an out-of-memory killer would, when it passes the point for the nth time.
+    The process is killed with SIGKILL, as an out-of-memory killer would, when it passes the point for the nth time. With
+    "once": path, that file is made first, and whoever finds it there lives: the successor is not killed again.
     """
     mine = [item for item in json.loads(schedule) if item["role"] == role and item.get("place", place) == place]
     passed: dict[str, int] = {}
 
     def handler(name: str) -> None:
         passed[name] = passed.get(name, 0) + 1
-        if any(item["at"] == name and item.get("nth", 1) == passed[name] for item in mine):
+        due = [item for item in mine if item["at"] == name and item.get("nth", 1) == passed[name]]
+        if any(_first_to(item.get("once")) for item in due):
             logger.warning("rehearsal: %s %d is killed at %s", role, place, name)
             os.kill(os.getpid(), signal.SIGKILL)
 
     if mine:
         arm(handler)
+
+
+def _first_to(path: str | None) -> bool:
+    if path is None:
+        return True
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True

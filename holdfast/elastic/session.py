@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ from holdfast.events import arm_from_text, emit
 from holdfast.redundancy import Redundancy
 from holdfast.snapshot.capture import Capturer, Stats, plan_capture
 from holdfast.snapshot.client import Endpoint, Link, connect
-from holdfast.snapshot.cluster import ensure_keepers, node_memory
+from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.view import Member, View, effective_parity
 
@@ -57,13 +58,34 @@ class Place:
     leads_host: bool
 
 
-def place_of(env: Environment, nodes_per_host: int) -> Place:
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one launch agent brings: how many nodes it plays, and which ones it has been before (their memory is there)."""
+
+    agent: int
+    count: int
+    known: tuple[int, ...]
+
+
+def assign_nodes(claims: Sequence[Claim]) -> dict[int, tuple[int, ...]]:
+    """The nodes of every agent. A host keeps the numbers under which it holds snapshots, wherever torchrun has put its ranks."""
+    taken: dict[int, list[int]] = {claim.agent: [] for claim in claims}
+    used: set[int] = set()
+    for claim in sorted(claims, key=lambda claim: claim.agent):
+        kept = [node for node in claim.known if node not in used][: claim.count]
+        taken[claim.agent] += kept
+        used |= set(kept)
+    free = (node for node in count() if node not in used)
+    for claim in sorted(claims, key=lambda claim: claim.agent):
+        taken[claim.agent] += [next(free) for _ in range(claim.count - len(taken[claim.agent]))]
+    return {agent: tuple(sorted(nodes)) for agent, nodes in taken.items()}
+
+
+def place_of(env: Environment, nodes: tuple[int, ...]) -> Place:
     """Ranks of a host are dealt to its nodes in runs of equal length; the first rank of a node speaks for it."""
-    nodes = min(nodes_per_host, env.local_world)
-    base = env.group_rank * nodes
-    own = env.local_rank * nodes // env.local_world
-    first = env.local_rank == 0 or (env.local_rank - 1) * nodes // env.local_world != own
-    return Place(base + own, tuple(range(base, base + nodes)), first, env.local_rank == 0)
+    own = env.local_rank * len(nodes) // env.local_world
+    first = env.local_rank == 0 or (env.local_rank - 1) * len(nodes) // env.local_world != own
+    return Place(nodes[own], nodes, first, env.local_rank == 0)
 
 
 class Run:
@@ -81,6 +103,7 @@ class Run:
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
         self._hooks: list[Any] = []
+        self._staleness = _Staleness(self.name)
 
     @property
     def stats(self) -> Stats:
@@ -98,10 +121,10 @@ class Run:
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
-        team, place = Team(env), place_of(env, self._settings.redundancy.nodes_per_host)
+        team, clock = Team(env), _Clock()
         memory = Path(self._settings.memory_dir) if self._settings.memory_dir else env.memory
-        clock = _Clock()
         self._agree_on_structure(team)
+        place = self._find_place(team, env, memory)
         clock.lap("agree")
         nodes = list(place.nodes_here)
         starting = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
@@ -129,6 +152,16 @@ class Run:
         digests = team.gather(hashlib.blake2b(text, digest_size=16).digest())
         if len(set(digests)) > 1:
             _compare([json.loads(item) for item in team.gather(text)])
+
+    def _find_place(self, team: Team, env: Environment, memory: Path) -> Place:
+        """The nodes of every host, agreed by all."""
+        nodes = min(self._settings.redundancy.nodes_per_host, env.local_world)
+
+        def claim() -> Any:
+            return [env.group_rank, nodes, known_nodes(memory, self.name)] if env.local_rank == 0 else None
+
+        claims = [Claim(agent, number, tuple(known)) for agent, number, known in filter(None, team.all(claim))]
+        return place_of(env, assign_nodes(claims)[env.group_rank])
 
     def _room_needed(self, team: Team) -> int:
         """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
@@ -216,6 +249,7 @@ class Run:
         started = time.perf_counter()
         self.step += 1
         capturer.step_done(self.step)
+        self._staleness.look(capturer.link.page["committed"], self.step)
         capturer.stats.stall_s += time.perf_counter() - started
 
     def _fence(self) -> None:
@@ -276,6 +310,30 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
+
+
+class _Staleness:
+    """Says so, once a minute, when snapshots have stopped being committed; a gap nobody hears of costs the most."""
+
+    STEPS, SECONDS = 20, 60.0
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._committed, self._since = 0, time.monotonic()
+
+    def look(self, committed: int, step: int) -> None:
+        now = time.monotonic()
+        if committed != self._committed:
+            self._committed, self._since = committed, now
+        elif step - committed > self.STEPS and now - self._since > self.SECONDS:
+            logger.warning(
+                "%s: no snapshot has been committed since step %d, now at %d; see `holdfast status` and the keepers' logs",
+                self._name,
+                committed,
+                step,
+            )
+            emit("snapshot.stale", job=self._name, committed=committed, step=step)
+            self._since = now
 
 
 class _asking:  # noqa: N801 - read as a verb: with _asking(memory) as ask

@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,10 @@ import torch
 from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, owned_boxes
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import crash_point, emit
+from holdfast.objects import encode_object
 from holdfast.snapshot.client import Link
 from holdfast.snapshot.slots import aligned
-from holdfast.snapshot.state import Held, TrackedState, local_part
+from holdfast.snapshot.state import RNG, Held, TrackedState, local_part, rng_states
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,7 @@ class _Shot:
     eager: list[tuple[Part, torch.Tensor]]
     versions: list[int]
     objects: dict[str, str]
+    rng: dict[str, Any]
     ready: torch.cuda.Event | None
     started: float = field(default_factory=time.perf_counter)
 
@@ -153,8 +156,9 @@ class Capturer:
             self._queue.put((step, "failed"))
 
     def _shoot(self, step: int, index: int) -> _Shot:
-        objects = self.state.texts()  # first: nothing may draw random numbers before their state is read
+        rng = rng_states()  # first: nothing may draw random numbers before their state is read
         plan = self.plan()
+        objects = self.state.texts()
         eager = [(part, source_of(part).to("cpu", copy=True)) for part in plan.parts if not part.held.lazy]
         ready = None
         if torch.cuda.is_available() and any(part.held.tensor.is_cuda for part in plan.parts):
@@ -162,12 +166,12 @@ class Capturer:
             ready.record()
         self._copied.clear()
         self._idle.clear()
-        return _Shot(step, index, plan, eager, _versions(plan), objects, ready)
+        return _Shot(step, index, plan, eager, _versions(plan), objects, rng, ready)
 
     def plan(self) -> CapturePlan:
         """The plan for the state as it is now; computed anew only when something has changed."""
         signature = self.state.signature()
-        if self._plan is None or not self._plan.is_current(signature) or self.state.others_have_arrays:
+        if self._plan is None or self.state.others_have_arrays or not self._plan.is_current(signature):
             self._plan = plan_capture(self.state.held(), self.rank, signature)
         return self._plan
 
@@ -220,6 +224,7 @@ class Capturer:
             emit("snapshot.dropped", rank=self.rank, step=shot.step, array=changed)
             self.link.give_up(shot.step, "mutated")
             return
+        shot.objects[RNG] = encode_object(shot.rng, RNG)
         taken = self.link.filled(shot.step, shot.index, shot.plan.nbytes, shot.plan.layout, shot.plan.table, shot.objects)
         crash_point("capture.filled")
         self.stats.captured += taken

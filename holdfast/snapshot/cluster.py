@@ -39,6 +39,11 @@ def node_memory(memory: Path, job: str, node: int) -> Path:
     return home(memory) / job / f"node-{node}"
 
 
+def known_nodes(memory: Path, job: str) -> list[int]:
+    """The nodes of the run that have memory on this host."""
+    return sorted(int(place.name.removeprefix("node-")) for place in (home(memory) / job).glob("node-*"))
+
+
 def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
     """See that every one of `nodes` on this host has a keeper that answers; starts what is missing and waits for it.
 

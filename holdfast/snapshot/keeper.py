@@ -27,7 +27,16 @@ from typing import Any
 
 from holdfast.arrays import Fragment, FragmentTable
 from holdfast.coding import crc32c
-from holdfast.errors import ClusterError, ConfigError, CorruptData, HoldfastError, KeeperUnreachable, MissingData, StaleEpoch
+from holdfast.errors import (
+    ClusterError,
+    ConfigError,
+    CorruptData,
+    HoldfastError,
+    KeeperUnreachable,
+    LayoutMismatch,
+    MissingData,
+    StaleEpoch,
+)
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
 from holdfast.snapshot.control import ControlPage
@@ -88,6 +97,7 @@ class Keeper:
         self._rows: tuple[int, RowsInFlight] | None = None
         self._finished: dict[int, Header] = {}
         self._coordinator: Coordinator | None = None
+        self._checked_layouts: tuple[tuple[int, str], ...] = ()
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
         self._released = threading.Event()
@@ -279,6 +289,8 @@ class Keeper:
         self._last["committed"] = time.time()
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
         self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
+        if self._coordinator is not None:
+            self._check_layout(step, index)
 
     def verb_tables(self, step: int, index: int) -> Reply:
         """Fragment tables (with CRCs) and objects of this node's committed ranks, for a checkpoint or a restore."""
@@ -565,6 +577,25 @@ class Keeper:
         except Exception:
             logger.exception("checkpoint of step %d failed, training goes on", step)
         self._tell_coordinator(SpillEnded(index))
+
+    def _check_layout(self, step: int, index: int) -> None:
+        """When the layout has changed: every array is whole over all ranks, or the snapshots are worth nothing and we say so."""
+        layouts = tuple(sorted((rank, layout) for rank, (layout, _) in self._tables.items()))
+        if layouts == self._checked_layouts:
+            return
+        self._checked_layouts = layouts
+
+        def check() -> None:
+            try:
+                spill.check_table(spill.gather(self._view(), step, index)[0])
+            except LayoutMismatch as error:
+                logger.error("snapshots of %s cannot be restored as they are: %s", self.job, error)
+                emit("snapshot.incomplete", job=self.job, step=step, error=str(error))
+            except HoldfastError as error:
+                logger.warning("the layout of step %d could not be checked: %s", step, error)
+                self._checked_layouts = ()
+
+        threading.Thread(target=check, name="holdfast-check", daemon=True).start()
 
     # -- small helpers ----------------------------------------------------------------------------------------------------
 

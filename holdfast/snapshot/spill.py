@@ -25,11 +25,7 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
         raise ValueError("this run has no place for checkpoints")
     connections = {member.node: _connect(member) for member in view.members}
     try:
-        answers = {node: connection.ask("tables", step=step, index=index) for node, connection in connections.items()}
-        objects: dict[int, dict[str, str]] = {}
-        for header, _ in answers.values():
-            objects |= {int(rank): named for rank, named in header["objects"].items()}
-        table = distinct_fragments(FragmentTable.concat(FragmentTable.from_bytes(data) for _, data in answers.values()))
+        table, objects = gather(view, step, index)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
         plan = ckpt.plan_write(table, step=step, layout=layout)
@@ -42,6 +38,21 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
     finally:
         for connection in connections.values():
             connection.close()
+
+
+def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
+    """All distinct fragments of a committed step, and every rank's objects, told by the keepers."""
+    tables: list[FragmentTable] = []
+    objects: dict[int, dict[str, str]] = {}
+    for member in view.members:
+        connection = _connect(member)
+        try:
+            header, data = connection.ask("tables", step=step, index=index)
+        finally:
+            connection.close()
+        tables.append(FragmentTable.from_bytes(data))
+        objects |= {int(rank): named for rank, named in header["objects"].items()}
+    return distinct_fragments(FragmentTable.concat(tables)), objects
 
 
 def write_part(

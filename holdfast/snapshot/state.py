@@ -74,6 +74,7 @@ class TrackedState:
         self.modules = {name: item for name, item in objects.items() if isinstance(item, nn.Module)}
         self.optimizers = {name: item for name, item in objects.items() if isinstance(item, Optimizer)}
         self.others = {n: item for n, item in objects.items() if n not in self.modules and n not in self.optimizers}
+        self._named: dict[str, dict[int, tuple[str, Placement]]] = {}
         self.others_have_arrays = False
         """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
         self.held()
@@ -82,6 +83,7 @@ class TrackedState:
 
     def held(self) -> list[Held]:
         """Every array as this rank holds it at this moment. Call between steps; raises StateError when two share a name."""
+        self._named.clear()
         found = [*self._of_modules(), *self._of_optimizers(), *self._of_others()]
         names = {item.name for item in found}
         if len(names) != len(found):
@@ -102,8 +104,8 @@ class TrackedState:
         )
 
     def texts(self) -> dict[str, str]:
-        """Every object as typed text, now. The random generators come first, before anything else could draw from them."""
-        found = {RNG: _rng_text()}
+        """Every object but the random generators as typed text, now."""
+        found: dict[str, str] = {}
         for name, module in self.modules.items():
             extra = {key: value for key, value in _bare(module).state_dict().items() if not isinstance(value, torch.Tensor)}
             if extra:
@@ -180,8 +182,13 @@ class TrackedState:
 
     # -- optimizers --
 
-    def _names(self, optimizer: Optimizer) -> dict[int, tuple[str, Placement]]:
-        """For each parameter of the optimizer: its name, by identity, and how it is placed."""
+    def _names(self, name: str, optimizer: Optimizer) -> dict[int, tuple[str, Placement]]:
+        """For each parameter of the optimizer: its name, by identity, and how it is placed. Kept until `held` looks anew."""
+        if name not in self._named:
+            self._named[name] = self._find_names(optimizer)
+        return self._named[name]
+
+    def _find_names(self, optimizer: Optimizer) -> dict[int, tuple[str, Placement]]:
         wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
         found: dict[str, dict[int, tuple[str, Placement]]] = {}
         for name, module in self.modules.items():
@@ -207,7 +214,7 @@ class TrackedState:
 
     def _of_optimizers(self) -> Iterator[Held]:
         for name, optimizer in self.optimizers.items():
-            names = self._names(optimizer)
+            names = self._names(name, optimizer)
             for param, state in optimizer.state.items():
                 if id(param) not in names:
                     continue
@@ -217,7 +224,7 @@ class TrackedState:
                         yield _held_state(f"{name}/{fqn}/{key}", value, like, (state, key))
 
     def _groups_of(self, name: str, optimizer: Optimizer) -> dict[str, Any]:
-        names = self._names(optimizer)
+        names = self._names(name, optimizer)
         groups = [
             {
                 **{key: value for key, value in group.items() if key != "params"},
@@ -233,7 +240,7 @@ class TrackedState:
         return {"param_groups": groups, "scalars": scalars}
 
     def _load_groups(self, name: str, optimizer: Optimizer, stored: dict[str, Any]) -> None:
-        names = self._names(optimizer)
+        names = self._names(name, optimizer)
         ours = [[names[id(param)][0] for param in group["params"]] for group in optimizer.param_groups]
         theirs = [group["params"] for group in stored["param_groups"]]
         if ours != theirs:
@@ -248,7 +255,7 @@ class TrackedState:
             optimizer.state[params[fqn]].update(kept)
 
     def _create_state(self, name: str, optimizer: Optimizer, stored: Mapping[str, ArraySpec]) -> None:
-        names = self._names(optimizer)
+        names = self._names(name, optimizer)
         for group in optimizer.param_groups:
             for param in group["params"]:
                 prefix = f"{name}/{names[id(param)][0]}/"
@@ -393,7 +400,8 @@ def _with_large(value: Any, name: str, live: Any) -> Any:
 # -- random generators ------------------------------------------------------------------------------------------------------
 
 
-def _rng_text() -> str:
+def rng_states() -> dict[str, Any]:
+    """The state of every generator, as values of their own; call it before anything else could draw from them."""
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
@@ -401,7 +409,7 @@ def _rng_text() -> str:
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state()
-    return encode_object(states, RNG)
+    return states
 
 
 def _set_rng(states: dict[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""The promises of DESIGN §1, kept by real processes that are really killed. Bit for bit means against an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from holdfast.environment import home
+
+
+def deaths(*entries: dict[str, object]) -> list[str]:
+    return ["--die", json.dumps(entries)]
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_killed_trainer_is_restored_bit_for_bit(job, references, layout):
+    died = job.run("--layout", layout, "--nodes", "2", *deaths({"step": 6, "kind": "trainer", "ranks": [1], "committed": 3}))
+    died.assert_equals(references.of(layout, 2))
+    assert [facts["recovery"]["rung"] for facts in died.facts] == ["own keeper"] * 2
+
+
+def test_a_node_lost_with_its_memory_is_rebuilt_from_parity(job, references):
+    died = job.run("--nodes", "3", *deaths({"step": 6, "kind": "node", "ranks": [1], "committed": 3}), ranks=3)
+    died.assert_equals(references.of("fsdp", 3))
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+    assert died.facts[0]["recovery"]["step"] >= 3
+
+
+def test_two_nodes_lost_at_once_are_rebuilt_with_two_parities(job, references):
+    entry = {"step": 6, "kind": "node", "ranks": [0, 2], "committed": 3}
+    died = job.run("--nodes", "4", "--parity", "2", *deaths(entry), ranks=4)
+    died.assert_equals(references.of("fsdp", 4))
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+
+
+def test_two_deaths_in_one_run_lose_nothing(job, references):
+    first = {"step": 4, "kind": "node", "ranks": [0], "committed": 2}
+    second = {"step": 9, "kind": "node", "ranks": [1], "committed": 7}
+    died = job.run("--nodes", "2", *deaths(first, second))
+    died.assert_equals(references.of("fsdp", 2))
+
+
+def test_more_losses_than_parity_fall_back_to_the_checkpoint(job, references):
+    entry = {"step": 8, "kind": "node", "ranks": [0, 1], "committed": 6}
+    place = str(job.place / "ckpt")
+    died = job.run("--nodes", "3", "--checkpoints", place, "--checkpoint-every", "4", *deaths(entry), ranks=3)
+    died.assert_equals(references.of("fsdp", 3))
+    assert {(facts["recovery"]["rung"], facts["recovery"]["step"]) for facts in died.facts} == {("universal checkpoint", 4)}
+
+
+def test_more_losses_than_parity_without_a_checkpoint_are_said_loudly(job):
+    entry = {"step": 5, "kind": "node", "ranks": [0, 1], "committed": 3}
+    died = job.run("--nodes", "3", *deaths(entry), ranks=3, restarts=1, ok=False)
+    assert died.code != 0
+    assert "SnapshotLost: snapshots exist and none can be restored" in died.log
+    assert "its parity covers 1" in died.log
+
+
+def test_one_process_without_torchrun_resumes_after_kill(job, references):
+    died = job.run(
+        "--layout", "plain", *deaths({"step": 6, "kind": "trainer", "ranks": [0], "committed": 3}), ranks=0, ok=False
+    )
+    assert died.code == -9
+    again = job.run("--layout", "plain", ranks=0, out=died.out)
+    again.assert_equals(references.of("plain", 0))
+    assert again.facts[0]["recovery"]["kind"] == "trainer"
+
+
+def test_an_exception_keeps_the_snapshots_and_a_clean_end_gives_all_memory_back(job):
+    failed = job.run(
+        "--nodes", "2", *deaths({"step": 6, "kind": "exception", "ranks": [0], "committed": 3}), restarts=0, ok=False
+    )
+    assert failed.code != 0
+    assert list(home(job.memory).glob("t/node-*/slot-*"))
+    again = job.run("--nodes", "2", out=failed.out)
+    assert again.facts[0]["recovery"]["step"] >= 3
+    _wait_until(lambda: not list(job.memory.rglob("*")), "memory to be given back")
+
+
+def test_a_smaller_world_restores_from_memory(job, references):
+    """Four ranks stop, two go on: the state at the stop is the same, cut for two."""
+    failed = job.run(
+        "--nodes", "4", *deaths({"step": 6, "kind": "exception", "ranks": [0], "committed": 5}), ranks=4, restarts=0, ok=False
+    )
+    assert failed.code != 0
+    fewer = job.run("--nodes", "2", "--steps", "6", ranks=2, out=failed.out)
+    restored = fewer.facts[0]["recovery"]["step"]
+    assert restored >= 5
+    if restored == 6:
+        bare = job.run("--bare", "--steps", "6", "--pace", "0", ranks=4)
+        for name, tensor in bare.states[0].items():
+            assert tensor.equal(fewer.states[0][name]), name
+
+
+def test_a_flipped_bit_in_a_slot_is_found_and_repaired_from_parity(job, references):
+    failed = job.run(
+        "--nodes", "3", *deaths({"step": 6, "kind": "exception", "ranks": [0], "committed": 5}), ranks=3, restarts=0, ok=False
+    )
+    assert failed.code != 0
+    for slot in home(job.memory).glob("t/node-1/slot-1-*"):
+        with slot.open("r+b") as file:
+            file.seek(4096 + 40)
+            byte = file.read(1)[0]
+            file.seek(4096 + 40)
+            file.write(bytes([byte ^ 4]))
+    again = job.run("--nodes", "3", ranks=3, out=failed.out)
+    again.assert_equals(references.of("fsdp", 3))
+    assert {facts["recovery"]["rung"] for facts in again.facts} == {"parity"}
+    assert any("crc32c" in note for note in again.facts[0]["recovery"]["notes"])
+
+
+def _wait_until(true, what: str) -> None:
+    import time
+
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
