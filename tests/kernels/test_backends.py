@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import holdfast
 from holdfast.errors import ConfigError
 from holdfast.kernels.quant import (
     INT2,
@@ -72,6 +74,7 @@ def assert_same_bytes(x: torch.Tensor, spec: QuantSpec, backend: str) -> None:
     assert torch.equal(back.nan_to_num(0), oracle.nan_to_num(0))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch while it compiles
 @pytest.mark.parametrize("spec", [INT8, INT4, MXFP8, QuantSpec(kind="int8", symmetric=False, scale="fp32")], ids=str)
 def test_inductor_returns_the_bytes_of_the_reference(spec: QuantSpec) -> None:
     pytest.importorskip("torch._inductor")
@@ -82,7 +85,8 @@ def test_inductor_returns_the_bytes_of_the_reference(spec: QuantSpec) -> None:
 @pytest.mark.skipif(not triton_is_installed(), reason="triton is not installed")
 def test_interpreted_triton_returns_the_bytes_of_the_reference() -> None:
     """In a process of its own: Triton decides between compiling and interpreting when it is first imported."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "HOLDFAST_TRITON_CASES": "1"}
+    root = str(Path(holdfast.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "HOLDFAST_TRITON_CASES": "1"}
     result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{len(BLOCK_SPECS) * 3} cases" in result.stdout

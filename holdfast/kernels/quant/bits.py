@@ -10,6 +10,7 @@ import torch
 
 ABS_MASK = 0x7FFFFFFF
 INF_BITS = 0x7F800000
+NAN_BITS = 0x7FC00000
 TINY = 2.0**-100  # smallest scale: below it blocks are zeros, and no step meets a subnormal that a GPU might flush
 TINY_EXPONENT = -100
 FP8_MAX_BITS = 0x43E00000  # 448.0, the largest float8_e4m3fn

@@ -97,15 +97,22 @@ def _encode_int(
     else:
         minima = _storable_floor(x.amin(dim=1), spec)
         spread = x.amax(dim=1) - minima
-        bad = bad | ((b.float_bits(spread) & b.ABS_MASK) >= b.INF_BITS)  # max - min can overflow
-        x = torch.where(bad[:, None], 0.0, x - minima[:, None])
+        x = x - minima[:, None]
     scale = (spread * (1.0 / top)).clamp(min=b.TINY)
     scale = b.ceil_to_bf16(scale) if spec.scale == "bf16" else scale
+    bad = bad | (b.float_bits(scale) >= b.INF_BITS)  # maximum - minimum, or rounding up, can overflow
     scale = torch.where(bad, b.TINY, scale)
     codes = _round((x * (1.0 / scale)[:, None]).clamp(low, top), noise, low, top)
-    stored = torch.where(bad, float("nan"), scale)
-    dtype = torch.bfloat16 if spec.scale == "bf16" else torch.float32
-    return codes, stored.to(dtype), None if minima is None else minima.to(dtype)
+    codes = torch.where(bad[:, None], 0, codes)
+    stored = torch.where(bad, b.NAN_BITS, b.float_bits(scale))
+    return codes, _store(stored, spec), None if minima is None else _store(b.float_bits(minima), spec)
+
+
+def _store(bits: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """float32 patterns in the scales' dtype. By integers: a cast to bfloat16 gives NaN a pattern that varies by code path."""
+    if spec.scale == "bf16":
+        return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+    return bits.view(torch.float32)
 
 
 def _storable_floor(minimum: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

@@ -230,8 +230,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
             small_bits = tl.where(magnitude == 0, 0, small_bits)
             smallest = small_bits.to(tl.float32, bitcast=True)
             spread = largest - smallest
-            bad = bad | ((spread.to(tl.int32, bitcast=True) & _ABS) >= _INF_BITS)
-            x = tl.where(bad[:, None], 0.0, x - smallest[:, None])
+            x = x - smallest[:, None]
             low = 0.0
             if SCALE == 1:
                 tl.store(minima_ptr + block, (small_bits >> 16).to(tl.int16), mask=is_block)
@@ -240,9 +239,11 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
         scale = tl.maximum(spread * (1.0 / TOP), _TINY)
         if SCALE == 1:
             scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
+        bad = bad | (scale.to(tl.int32, bitcast=True) >= _INF_BITS)
         scale = tl.where(bad, _TINY, scale)
-        inverse = tl.div_rn(scale * 0.0 + 1.0, scale)
+        inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
         codes = _round_codes(x * inverse[:, None], low, TOP + 0.0, flat, seed, stream, STOCHASTIC)
+        codes = tl.where(bad[:, None], 0, codes)
         scale_bits = tl.where(bad, 0x7FC00000, scale.to(tl.int32, bitcast=True))
         if SCALE == 1:
             tl.store(scales_ptr + block, (scale_bits >> 16).to(tl.int16), mask=is_block)
