@@ -88,9 +88,11 @@ def blocking(shape: tuple[int, ...], spec: QuantSpec) -> Blocking:
     outer = [d for d in range(ndim) if d not in inner]
     row_len = math.prod(shape[d] for d in inner)
     rows = math.prod(shape[d] for d in outer)
-    block = spec.block or row_len + (-row_len) % (8 // min(spec.bits, 8))  # whole bytes
+    whole_bytes = row_len + -row_len % (8 // spec.bits)
+    # A row shorter than a block gets the next power of two: 16 channels in a block of 64 would be three quarters padding.
+    block = max(8, min(spec.block, 1 << max(row_len - 1, 0).bit_length())) if spec.block else max(1, whole_bytes)
     order = (*outer, *inner)
-    return Blocking(rows, row_len, max(block, 1), None if order == tuple(range(ndim)) else order)
+    return Blocking(rows, row_len, block, None if order == tuple(range(ndim)) else order)
 
 
 def cut(x: torch.Tensor, plan: Blocking) -> torch.Tensor:
