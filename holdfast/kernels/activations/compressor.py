@@ -36,7 +36,7 @@ from holdfast.kernels.quant import (
     quantize,
 )
 
-_WEIGHT_OPS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "layer_norm", "rms_norm")
+_WEIGHT_OPS = ("linear", "output_head", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "layer_norm", "rms_norm")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -165,6 +165,8 @@ class Compressor:
 
     def _begin_forward(self) -> None:
         self._where.weights = model_storages([*self.model.parameters(), *self.model.buffers()])
+        embeddings = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Embedding)]
+        self._where.embeddings = model_storages(embeddings)
         if self._max_error is not None:
             self._back_off(self._max_error)
 
@@ -337,6 +339,7 @@ class _Where:
         self.modules: list[str] = []
         self.op = ""
         self.weights: set[int] = set()
+        self.embeddings: set[int] = set()
         self._arguments: tuple[Any, ...] = ()
         self._keywords: Mapping[str, Any] = {}
         self._slots: dict[tuple[str, str], int] = {}
@@ -363,6 +366,8 @@ class _Where:
         outer = self.op, self._arguments, self._keywords
         self.op = getattr(func, "__name__", "")
         self._arguments, self._keywords = args, kwargs
+        if self.op == "linear" and _storage_in(self._weight_argument(), self.embeddings):
+            self.op = "output_head"  # logits from the embedding's own weight, often without a module of their own
         try:
             spec = self._owner.policy.attention
             # Not in a checkpointed region: its recomputation runs outside of this mode and has to save the same tensors.
@@ -375,17 +380,21 @@ class _Where:
     def is_weight(self, t: torch.Tensor) -> bool:
         if is_weight(t, self.weights):
             return True
-        weight = self._keywords.get("weight", self._arguments[1] if len(self._arguments) > 1 else None)
-        return self.op in _WEIGHT_OPS and _shares_storage(t, weight)
+        return self.op in _WEIGHT_OPS and _shares_storage(t, self._weight_argument())
+
+    def _weight_argument(self) -> Any:
+        return self._keywords.get("weight", self._arguments[1] if len(self._arguments) > 1 else None)
 
     def is_argument(self, t: torch.Tensor) -> bool:
         return any(_shares_storage(t, a) for a in (*self._arguments, *self._keywords.values()))
 
 
 def _shares_storage(t: torch.Tensor, other: Any) -> bool:
-    return type(other) in (torch.Tensor, torch.nn.Parameter) and storage_key(other.untyped_storage()) == storage_key(
-        t.untyped_storage()
-    )
+    return _storage_in(other, {storage_key(t.untyped_storage())})
+
+
+def _storage_in(t: Any, storages: set[int]) -> bool:
+    return type(t) in (torch.Tensor, torch.nn.Parameter) and storage_key(t.untyped_storage()) in storages
 
 
 class _Mode(TorchFunctionMode):

@@ -56,7 +56,8 @@ class ActPolicy:
         for rule in self.rules:
             if rule.matches(module, op):
                 return _safe_for_attention(rule.action, op)
-        if (self.keep_losses and is_loss(op)) or (self.keep_heads and _matches(HEADS, module)):
+        is_head = op == "output_head" or _matches(HEADS, module)
+        if (self.keep_losses and is_loss(op)) or (self.keep_heads and is_head):
             return KEEP
         return _safe_for_attention(self.default, op)
 
