@@ -135,7 +135,7 @@ def test_threads_may_share_a_connection_and_each_gets_its_own_answer(connection:
 def test_an_error_of_ours_survives_the_wire_as_its_own_class_with_its_words(
     connection: Connection, kind: type[HoldfastError]
 ) -> None:
-    with pytest.raises(kind, match="^step 5: é$") as caught:
+    with pytest.raises(kind, match=r"^step 5: é$") as caught:
         connection.ask("raise", kind=kind.__name__, message="step 5: é")
     assert type(caught.value) is kind
     assert connection.ask("nothing") == {}, "and the connection goes on"
@@ -150,7 +150,7 @@ def test_an_error_of_a_class_that_this_release_does_not_know_is_a_cluster_error(
 def test_a_fault_of_the_keeper_is_answered_and_does_not_end_the_connection(
     connection: Connection, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(ClusterError, match="could not answer 'raise'.*boom") as caught:
+    with pytest.raises(ClusterError, match=r"could not answer 'raise'.*boom") as caught:
         connection.ask("raise", kind=kind, message="boom")
     assert type(caught.value) is ClusterError
     assert connection.ask("nothing") == {}
