@@ -375,11 +375,14 @@ class Keeper:
             except (HoldfastError, OSError) as error:
                 # A snapshot that fails is given up and counted; training goes on and the next one is tried.
                 logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
-                announced = self._announced
-                if announced is not None:
-                    self._tell_coordinator(GivenUp(self.node, announced[0], self._progress(), "failed"))
+                self._give_up_round()
             except Exception:
-                logger.exception("keeper of node %d: a job failed", self.node)
+                logger.exception("snapshot given up on node %d", self.node)
+                self._give_up_round()
+
+    def _give_up_round(self) -> None:
+        if self._announced is not None:
+            self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed"))
 
     def _verify(self, rank: int, step: int, index: int, payload_nbytes: int, objects: dict[str, str]) -> None:
         """Checksum a filled slot and seal it with its table, objects and header."""
@@ -480,7 +483,7 @@ class Keeper:
             if connection is None:
                 member = self._view().member(node)
                 connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, epoch_of_sender=self.epoch, crc=crc32c(data), **fields)
+            connection.ask("parity", data, epoch_of_sender=self.epoch, block_nbytes=block_nbytes, **fields)
 
         return forward
 
