@@ -96,12 +96,8 @@ class Connection:
             self._sock.close()
             raise KeeperUnreachable(f"no keeper answers at {_text(address)} ({error})") from error
         try:
-            try:
             self.ask("auth", token=token)
         except HoldfastError:
-            self.close()
-            raise
-        except ClusterError:
             self.close()
             raise
 
