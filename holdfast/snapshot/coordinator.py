@@ -37,9 +37,13 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """`round` is the one of the announcement that this answers: a step may be announced again, and what was filled before is
+    void then."""
+
     node: int
     step: int
     progress: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,7 @@ class GivenUp:
     step: int
     progress: int
     reason: str
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Announce:
 
     step: int
     index: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +96,7 @@ class Protect:
 
     step: int
     index: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,7 @@ class Coordinator:
         self._unprotected = not protected
         self.phase = Phase.WAITING
         self.step = 0
+        self.round = 0
         self.lead = 1
         self.given_up = 0
         self._spilled = committed
@@ -160,7 +168,7 @@ class Coordinator:
 
     def _encoded(self, event: Encoded) -> list[Action]:
         self._progress = max(self._progress, event.progress)
-        if event.step != self.step:
+        if event.round != self.round:
             return []
         self._waiting.discard(event.node)
         if self._waiting:
@@ -170,7 +178,7 @@ class Coordinator:
 
     def _give_up(self, event: GivenUp) -> list[Action]:
         self._progress = max(self._progress, event.progress)
-        if event.step != self.step:
+        if event.round != self.round:
             return []
         self.given_up += 1
         self._calm = 0
@@ -222,8 +230,10 @@ class Coordinator:
         return self._announce(-(-ahead // self.every) * self.every)
 
     def _last(self) -> list[Action]:
-        step = max(event.step for event in self._finishing.values())
-        wanted = any(event.keep for event in self._finishing.values()) and step > 0
+        steps = {event.step for event in self._finishing.values()}
+        step = max(steps)
+        # Nodes that ended at different steps have no last step in common that could be captured.
+        wanted = any(event.keep for event in self._finishing.values()) and step > 0 and len(steps) == 1
         if wanted and self.committed < step:
             return [] if self._spilling == 1 - self.index else self._announce(step)
         if wanted and self.checkpoint_every and self._spilled < self.committed:
@@ -235,12 +245,16 @@ class Coordinator:
 
     def _protect(self) -> list[Action]:
         self.index = 1 - self.index  # until it is committed, the other slot is the one that may not be touched
-        self.phase, self.step, self._waiting = Phase.FILLING, self.committed, set(self.nodes)
-        return [Protect(self.committed, 1 - self.index)]
+        self._open_round(self.committed)
+        return [Protect(self.step, 1 - self.index, self.round)]
 
     def _announce(self, step: int) -> list[Action]:
+        self._open_round(step)
+        return [Announce(step, 1 - self.index, self.round)]
+
+    def _open_round(self, step: int) -> None:
         self.phase, self.step, self._waiting = Phase.FILLING, step, set(self.nodes)
-        return [Announce(step, 1 - self.index)]
+        self.round += 1
 
     def _spill(self) -> list[Action]:
         last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
@@ -272,4 +286,6 @@ _TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.IDLE, Encoded): Coordinator._ignore,
     (Phase.STOPPED, SpillEnded): Coordinator._ignore,
     (Phase.STOPPED, Finishing): Coordinator._ignore,
+    (Phase.STOPPED, GivenUp): Coordinator._ignore,
+    (Phase.STOPPED, Encoded): Coordinator._ignore,
 }
