@@ -72,7 +72,12 @@ def encode_lossy(x: torch.Tensor, spec: LossySpec) -> LossyTensor:
     allowed = spec.bound * root(exact).abs().amax(dim=1)
     within = (root(exact) - root(found)).abs().amax(dim=1) <= allowed  # False for NaN
     raw = (~within).nonzero().reshape(-1)
-    return LossyTensor(spec, Packed(packed.spec, tuple(x.shape), packed.dtype, packed.codes, packed.scales, packed.minima), raw.to(torch.int32), exact[raw])
+    return LossyTensor(
+        spec,
+        Packed(packed.spec, tuple(x.shape), packed.dtype, packed.codes, packed.scales, packed.minima),
+        raw.to(torch.int32),
+        exact[raw],
+    )
 
 
 def decode_lossy(lossy: LossyTensor) -> torch.Tensor:

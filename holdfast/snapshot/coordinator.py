@@ -16,6 +16,9 @@ from enum import Enum
 LEAD_LIMIT = 256
 """Furthest that a target may lie ahead of the newest completed step. Reached only when steps are far shorter than messages."""
 
+LAST_TRIES = 10
+"""Rounds for the last step of a run that may fail before the run ends without it."""
+
 CALM_ROUNDS = 16
 """Commits in a row without a missed target before the next target is named one step closer."""
 
@@ -152,6 +155,7 @@ class Coordinator:
         self._waiting: set[int] = set()
         self._progress = committed
         self._calm = 0
+        self._failed_last = 0
         self._finishing: dict[int, Finishing] = {}
 
     def feed(self, event: Input) -> list[Action]:
@@ -181,6 +185,8 @@ class Coordinator:
         if event.round != self.round:
             return []
         self.given_up += 1
+        at_the_end = len(self._finishing) == len(self.nodes)
+        self._failed_last += at_the_end and event.reason not in ("passed", "busy")  # who is busy will be done soon
         self._calm = 0
         if event.reason == "passed":
             self.lead = min(self.lead * 2, LEAD_LIMIT)
@@ -234,6 +240,7 @@ class Coordinator:
         step = max(steps)
         # Nodes that ended at different steps have no last step in common that could be captured.
         wanted = any(event.keep for event in self._finishing.values()) and step > 0 and len(steps) == 1
+        wanted = wanted and self._failed_last < LAST_TRIES
         if wanted and self.committed < step:
             return [] if self._spilling == 1 - self.index else self._announce(step)
         if wanted and self.checkpoint_every and self._spilled < self.committed:

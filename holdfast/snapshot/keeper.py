@@ -385,12 +385,12 @@ class Keeper:
             # A snapshot that fails, for whatever reason, is given up and counted; training goes on and the next one is tried.
             except (HoldfastError, OSError) as error:
                 logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
-                self._give_up()
+                self._give_up_round()
             except Exception:
-                logger.exception("keeper of node %d: a job failed", self.node)
-                self._give_up()
+                logger.exception("snapshot given up on node %d", self.node)
+                self._give_up_round()
 
-    def _give_up(self) -> None:
+    def _give_up_round(self) -> None:
         if self._announced is not None:
             self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed", self._round))
 

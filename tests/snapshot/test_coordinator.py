@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from holdfast.snapshot.coordinator import (
+    LAST_TRIES,
     Acknowledged,
     Announce,
     Begin,
@@ -376,6 +377,17 @@ def test_a_node_that_ends_at_another_step_does_not_keep_the_run_from_ending() ->
     coordinator.feed(Finishing(1, 12, True))
     actions = coordinator.feed(GivenUp(1, 1, 12, "passed", 1))
     assert actions == [Stop()], "step 12 can never be captured by node 0"
+
+
+def test_a_last_step_that_always_fails_does_not_keep_the_run_from_ending() -> None:
+    coordinator = began(nodes=1, checkpoint_every=5)
+    coordinator.feed(GivenUp(0, 1, 3, "passed", 1))
+    actions = coordinator.feed(Finishing(0, 3, True))
+    for _ in range(LAST_TRIES):
+        assert actions == [Announce(3, 0, coordinator.round)]
+        assert coordinator.feed(GivenUp(0, 3, 3, "busy", coordinator.round)) == [Announce(3, 0, coordinator.round)]
+        actions = coordinator.feed(GivenUp(0, 3, 3, "failed", coordinator.round))
+    assert actions == [Stop()]
 
 
 def test_a_run_without_a_step_stops_at_once() -> None:

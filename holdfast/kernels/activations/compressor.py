@@ -328,7 +328,11 @@ def _relaxed(action: Action, levels: int) -> Action:
 
 
 def _fitting(spec: RunningSpec, width: int) -> RunningSpec:
-    return spec if width % spec.heads == 0 else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
+    return (
+        spec
+        if width % spec.heads == 0
+        else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
+    )
 
 
 class _Where:

@@ -89,8 +89,7 @@ class Stats:
     def report(self) -> Report:
         """The counters as one value. Waits for the device if gradient errors were sampled."""
         rows = tuple(
-            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors))
-            for (module, op), t in sorted(self.tallies.items())
+            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors)) for (module, op), t in sorted(self.tallies.items())
         )
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)

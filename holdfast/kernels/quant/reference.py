@@ -40,9 +40,7 @@ def dequantize(packed: Packed) -> torch.Tensor:
     return join(values, plan, packed.shape)
 
 
-def encode_blocks(
-    blocks: torch.Tensor, valid: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec
-) -> Encoded:
+def encode_blocks(blocks: torch.Tensor, valid: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec) -> Encoded:
     """Packed code bytes (n_blocks, bytes), scales and minima (n_blocks,) of (n_blocks, block) values."""
     if spec.kind == "mask1":
         return _encode_mask(blocks, valid)

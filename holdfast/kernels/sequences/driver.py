@@ -85,7 +85,9 @@ def chunked_backward(
     if not 0.0 < keep <= 1.0:
         raise ConfigError(f"keep is the probability of a chunk, in (0, 1]; got {keep}")
     store = store or ChunkKVStore()
-    order = sorted(set(range(len(chunks)) if keep == 1.0 else _draw(len(chunks), keep, seed)) if selected is None else set(selected))
+    order = sorted(
+        set(range(len(chunks)) if keep == 1.0 else _draw(len(chunks), keep, seed)) if selected is None else set(selected)
+    )
     if order and not 0 <= order[0] <= order[-1] < len(chunks):
         raise ConfigError(f"selected names chunks {order}; there are {len(chunks)}")
     loss, states, exact_bytes = _forward_sweep(loss_of, chunks, store)
@@ -134,9 +136,7 @@ def _backward_sweep(
             store.drop(number)
 
 
-def _collect(
-    context: ChunkContext, waiting: dict[Hashable, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
-) -> None:
+def _collect(context: ChunkContext, waiting: dict[Hashable, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
     for layer, past in context.past.items():
         found = [torch.zeros_like(t) if t.grad is None else t.grad for t in past]
         if layer not in waiting:

@@ -1,1 +1,0 @@
-"""The universal checkpoint: format, writer, reader, reshard planner."""

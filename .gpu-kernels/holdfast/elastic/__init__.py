@@ -1,1 +1,0 @@
-"""Membership, faults, recovery and the launcher shim."""

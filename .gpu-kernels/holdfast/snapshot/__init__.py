@@ -1,1 +1,0 @@
-"""Snapshots in memory: capture, slots, keepers, parity, commit, recovery."""
