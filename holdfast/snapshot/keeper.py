@@ -345,12 +345,14 @@ class Keeper:
         data = slot.body[offset : offset + nbytes]
         return {"crc32c": crc32c(data)}, data
 
-    def verb_rebuild(self, group: Header, lost: int, survivors: list[Header], with_parity: list[int]) -> Header:
+    def verb_rebuild(
+        self, group: Header, lost: int, survivors: list[Header], with_data: list[int], with_parity: list[int]
+    ) -> Header:
         """Recompute what node `lost` held, into slots of this keeper, and check every byte. Blocks until it is done."""
         record = GroupRecord.from_json(group)
         members = [Member.from_json(member) for member in survivors]
         started = time.perf_counter()
-        nbytes = self._rebuild(record, lost, members, frozenset(with_parity))
+        nbytes = self._rebuild(record, lost, members, frozenset(with_data), frozenset(with_parity))
         seconds = time.perf_counter() - started
         logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
         return {"nbytes": nbytes, "seconds": seconds}
@@ -519,17 +521,20 @@ class Keeper:
                 self._rows = RowsInFlight(parity, block_nbytes)
             return self._rows
 
-    def _rebuild(self, group: GroupRecord, lost: int, survivors: list[Member], with_parity: frozenset[int]) -> int:
+    def _rebuild(
+        self, group: GroupRecord, lost: int, survivors: list[Member], with_data: frozenset[int], with_parity: frozenset[int]
+    ) -> int:
         record = next(record for record in group.records if record.node == lost)
         readers = {member.node: self._reader(member) for member in survivors}
-        own = lost == self.node
+        # Parity that outlived the node's bytes stays where it is: another node may be reading it for a rebuild of its own.
+        parity_too = lost == self.node and lost not in with_parity
         fresh: dict[str, Slot] = {}
         with self._lock:
             for rank in record.ranks:
                 name = slot_name(rank.rank, group.index)
                 header = SlotHeader(self.job, self.node, rank.rank, group.index, SlotState.FILLING)
                 self.slots[name] = fresh[name] = Slot.create(self.memory / name, header, rank.body_nbytes + META_ROOM)
-            if own and group.parity:
+            if parity_too:
                 name = parity_name(group.index)
                 header = SlotHeader(self.job, self.node, -1, group.index, SlotState.FILLING)
                 self.slots[name] = Slot.create(self.memory / name, header, group.parity * group.block_nbytes + META_ROOM)
@@ -548,14 +553,14 @@ class Keeper:
                 base += stride(rank)
 
         try:
-            rebuild_blocks(group, lost, readers, with_parity, store, parity_too=own)
+            rebuild_blocks(group, lost, readers, with_data, with_parity, store, parity_too=parity_too)
         finally:
             for reader in readers.values():
                 reader.close()
         crash_point("rebuild.decoded")
         for rank in record.ranks:
             _check_rebuilt(fresh[slot_name(rank.rank, group.index)], rank, group)
-        if own and group.parity:
+        if parity_too:
             self._seal_parity(group, SlotState.COMMITTED)
         crash_point("rebuild.checked")
         return record.nbytes

@@ -103,7 +103,7 @@ class Group:
 
         readers = self.readers(survivors, mapped=mapped)
         try:
-            rebuild_blocks(self.record, lost, readers, frozenset(survivors), store, parity_too=parity_too)
+            rebuild_blocks(self.record, lost, readers, frozenset(survivors), frozenset(survivors), store, parity_too=parity_too)
         finally:
             close(readers)
         assert not any(out["node"][record.nbytes :]), "nothing but zeros lies behind the node's bytes"
@@ -184,10 +184,26 @@ def test_survivors_without_parity_count_for_their_own_bytes_only(tmp_path: Path)
         def store(kind: str, offset: int, data: memoryview) -> None:
             found[offset : offset + len(data)] = data
 
-        rebuild_blocks(group.record, 7, readers, frozenset({1, 3}), store, parity_too=False)
+        everybody = frozenset({1, 3, 5})
+        rebuild_blocks(group.record, 7, readers, everybody, frozenset({1, 3}), store, parity_too=False)
         assert bytes(found) == group.expected(7)["node"]
         with pytest.raises(MissingData):
-            rebuild_blocks(group.record, 7, readers, frozenset(), store, parity_too=False)
+            rebuild_blocks(group.record, 7, readers, everybody, frozenset(), store, parity_too=False)
+        close(readers)
+
+
+def test_survivors_that_lost_their_own_bytes_still_give_their_parity(tmp_path: Path) -> None:
+    with group_of(tmp_path, sizes_of(4, seed=2), 2) as group:
+        group.encode()
+        group.slots[5][slot_name(20 * 2 + 10, INDEX)].update(state=SlotState.FILLING, step=0)
+        readers = group.readers([1, 3, 5])
+        found = bytearray(group.record.layout.k * group.record.block_nbytes)
+
+        def store(kind: str, offset: int, data: memoryview) -> None:
+            found[offset : offset + len(data)] = data
+
+        rebuild_blocks(group.record, 7, readers, frozenset({1, 3}), frozenset({1, 3, 5}), store, parity_too=False)
+        assert bytes(found) == group.expected(7)["node"]
         close(readers)
 
 
