@@ -127,7 +127,7 @@ class Capturer:
         self._copied.set()
         self._idle = threading.Event()
         self._idle.set()
-        self._handled = 0
+        self._handled = (0, 0)
         self._stream: torch.cuda.Stream | None = None
         self._pinned: dict[int, int] = {}
         self._thread = threading.Thread(target=self._run, name="holdfast-capture", daemon=True)
@@ -139,10 +139,10 @@ class Capturer:
         """Note that `step` is complete, and begin a capture where the keepers have asked for this one."""
         page = self.link.page
         page["completed"] = step
-        target, index = page.target
-        if target == self._handled or target > step or target == 0:
+        target, index, order = page.target
+        if (target, order) == self._handled or target > step or target == 0:
             return
-        self._handled = target
+        self._handled = target, order
         if target < step:
             self._queue.put((target, "passed"))
         elif not self._idle.is_set():
