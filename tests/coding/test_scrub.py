@@ -120,6 +120,18 @@ def test_lost_fragments_leave_the_rest_checkable(k: int, m: int, data: st.DataOb
     assert chunk.fragments == ((bad,) if len(here) - k >= 2 else ())
 
 
+def test_one_spare_fragment_never_blames_anyone(fragments_of: Fragments) -> None:
+    """The decoder for single columns gives a name here too, and mostly a wrong one."""
+    code = ErasureCode(9, 3)
+    fragments = fragments_of(code, 10)
+    for bad in (0, 5, 10):
+        for error in range(1, 256, 11):
+            here = {j: f for j, f in enumerate(fragments) if j not in (1, 11)}
+            here[bad] = here[bad].copy()
+            here[bad][3] ^= error
+            assert code.scrub(here).damaged == (DamagedChunk(0, 10, 1, ()),)
+
+
 def test_threads_and_chunks_find_the_same(fragments_of: Fragments) -> None:
     code = ErasureCode(4, 2)
     fragments = fragments_of(code, 10_000)
