@@ -14,9 +14,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from holdfast.environment import Environment
 from holdfast.errors import HoldfastError
+
+if TYPE_CHECKING:
+    from holdfast.snapshot import JobStatus
 
 
 class DemoFailed(HoldfastError):
@@ -32,12 +36,13 @@ class Stage:
         self._deadline = time.monotonic() + deadline_s
         self._processes: list[subprocess.Popen[bytes]] = []
         self._show = _Show()
+        self._environment = Environment.read()
         self._ray_before = False
 
     def __enter__(self) -> Self:
         from holdfast.snapshot.cluster import local_ray
 
-        self._ray_before = local_ray() is not None
+        self._ray_before = self._environment.ray_address is not None or local_ray() is not None
         self._show.start()
         return self
 
@@ -47,13 +52,20 @@ class Stage:
             end_tree(process)
         self._end_keepers()
 
-    def _end_keepers(self) -> None:
-        from holdfast.snapshot.cluster import down, status
+    def job(self) -> JobStatus | None:
+        """What the keepers of the demo's run say."""
+        from holdfast.snapshot import status
 
-        if self._ray_before or any(job.name != self.name for job in status()):
-            self.say(f"other runs are here, so the keepers of {self.name} stay until `holdfast down`")
-        else:
-            down()
+        return next(iter(status(self.name, memory=self._environment.memory)), None)
+
+    def _end_keepers(self) -> None:
+        """Leave the machine as it was, where nobody else has a run on it."""
+        from holdfast.snapshot import down, status
+
+        if not self._ray_before and all(job.name == self.name for job in status(memory=self._environment.memory)):
+            down(memory=self._environment.memory)
+        elif self.job() is not None:
+            self.say(f"holdfast was in use here before, so the keepers of {self.name} stay until `holdfast down`")
 
     # -- runs of the example --
 

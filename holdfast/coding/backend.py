@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from holdfast.coding import isal
+from holdfast.coding.buffers import region
 from holdfast.coding.field import matmul, parity_matrix
 from holdfast.coding.swar import Swar
 from holdfast.coding.tables import Tables
@@ -21,6 +22,7 @@ from holdfast.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from holdfast.coding.buffers import Region
     from holdfast.coding.field import Bytes
 
 logger = logging.getLogger(__name__)
@@ -32,10 +34,10 @@ class Kernel(Protocol):
     Sources and targets have equal lengths, at least 1 and at most LARGEST_CALL; targets overlap nothing.
     """
 
-    def write(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+    def write(self, sources: Sequence[Region], targets: Sequence[Region]) -> None:
         """targets = matrix · sources"""
 
-    def add(self, column: int, source: Bytes, targets: Sequence[Bytes]) -> None:
+    def add(self, column: int, source: Region, targets: Sequence[Region]) -> None:
         """targets ^= matrix[:, column] · source"""
 
 
@@ -96,13 +98,13 @@ def wrong_answer(backend: Backend) -> str | None:
     for k, m in ((4, 2), (9, 8)):
         kernel = backend.kernel(parity_matrix(k, m))
         for length, shift in ((1, 0), (15, 1), (33, 0), (64, 3), (127, 0), (1024, 0), (1031, 5)):
-            data = [row[shift : shift + length] for row in noise[:k]]
-            expected = matmul(parity_matrix(k, m), np.stack(data))
+            data = [region(row).cut(shift, shift + length) for row in noise[:k]]
+            expected = matmul(parity_matrix(k, m), noise[:k, shift : shift + length])
             # Targets are cut out of longer rows, so that a kernel that writes beyond its target is found out too.
             whole, added = noise[:m].copy(), noise[:m].copy()
-            kernel.write(data, [row[shift : shift + length] for row in whole])
+            kernel.write(data, [region(row).cut(shift, shift + length) for row in whole])
             for column, source in enumerate(data):
-                kernel.add(column, source, [row[shift : shift + length] for row in added])
+                kernel.add(column, source, [region(row).cut(shift, shift + length) for row in added])
             correct = noise[:m].copy()
             correct[:, shift : shift + length] = expected
             if not np.array_equal(whole, correct):

@@ -10,12 +10,10 @@ import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from holdfast.coding.buffers import span
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from holdfast.coding.field import Bytes
+    from holdfast.coding.buffers import Region
 
 
 class Claims:
@@ -26,9 +24,9 @@ class Claims:
         self._changed = threading.Condition()
 
     @contextmanager
-    def hold(self, arrays: Sequence[Bytes]) -> Iterator[None]:
+    def hold(self, regions: Sequence[Region]) -> Iterator[None]:
         """Waits until nobody else holds any of these bytes, then holds all of them; taking all at once cannot deadlock."""
-        wanted = [span(array) for array in arrays]
+        wanted = [(each.address, each.address + each.size) for each in regions]
         with self._changed:
             self._changed.wait_for(lambda: not any(_meet(a, b) for a in wanted for b in self._held))
             self._held += wanted

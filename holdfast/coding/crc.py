@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 
 from holdfast.coding import isal
-from holdfast.coding.buffers import LARGEST_CALL, readable
+from holdfast.coding.buffers import LARGEST_CALL, is_whole, readable, region
 from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-    from holdfast.coding.field import Bytes
+    from holdfast.coding.buffers import Region
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +45,13 @@ def crc32c(buf: Buffer, value: int = 0) -> int:
 def crc32c_blocks(buf: Buffer, nbytes: int) -> np.ndarray[tuple[int], np.dtype[np.uint32]]:
     """The CRC32C of every block of `nbytes` bytes; the last block may be shorter."""
     data = readable(buf, "buf")
-    if not 0 < nbytes <= LARGEST_CALL:
-        raise ConfigError(f"blocks of {nbytes} bytes: it has to be 1 … {LARGEST_CALL}")
+    if not is_whole(nbytes, 1, LARGEST_CALL):
+        raise ConfigError(f"blocks of {nbytes!r} bytes: it has to be 1 … {LARGEST_CALL}")
     library = isal.load()
     if library is not None and _engine() == library.crc32c:
         crcs: Iterable[int] = library.crc32c_blocks(data, nbytes)
     else:
-        crcs = (google(data[at : at + nbytes], 0) for at in range(0, data.size, nbytes))
+        crcs = (google(data.cut(at, at + nbytes), 0) for at in range(0, data.size, nbytes))
     return np.fromiter(crcs, np.uint32, -(-data.size // nbytes))
 
 
@@ -78,7 +78,7 @@ def crc32c_xor(crcs: Sequence[int], length: int) -> int:
 
 
 @cache
-def _engine() -> Callable[[Bytes, int], int]:
+def _engine() -> Callable[[Region, int], int]:
     """ISA-L's, if it knows the answers, else google-crc32c's."""
     library = isal.load()
     if library is not None and is_correct(library.crc32c):
@@ -88,23 +88,23 @@ def _engine() -> Callable[[Bytes, int], int]:
     return google
 
 
-def google(data: Bytes, value: int) -> int:
+def google(data: Region, value: int) -> int:
     """The fallback. It holds the GIL."""
-    return int(google_crc32c.extend(value, data))
+    return int(google_crc32c.extend(value, data.array))
 
 
-def is_correct(engine: Callable[[Bytes, int], int]) -> bool:
+def is_correct(engine: Callable[[Region, int], int]) -> bool:
     """Known answers: the check value of RFC 3720 and lengths around the vector widths, against a CRC made bit by bit."""
-    if engine(np.frombuffer(b"123456789", np.uint8), 0) != 0xE3069283:
+    if engine(readable(b"123456789", "check"), 0) != 0xE3069283:
         return False
     noise = np.random.default_rng(3).integers(0, 256, 1031, dtype=np.uint8)
-    cuts = [0, 1, 8, 25, 89, 216, 473, 1031]
+    whole, cuts = region(noise), [0, 1, 8, 25, 89, 216, 473, 1031]
     register, value = ALL_ONES, 0
     for start, stop in pairwise(cuts):
         for byte in noise[start:stop]:
             register = reduce(lambda r, _: r >> 1 ^ POLYNOMIAL * (r & 1), range(8), register ^ int(byte))
-        value = engine(noise[start:stop], value)
-        if value != register ^ ALL_ONES or engine(noise[:stop], 0) != value:
+        value = engine(whole.cut(start, stop), value)
+        if value != register ^ ALL_ONES or engine(whole.cut(0, stop), 0) != value:
             return False
     return True
 

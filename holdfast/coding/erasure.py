@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from holdfast.coding.backend import Backend, choose
-from holdfast.coding.buffers import LARGEST_CALL, check_length, check_span, is_whole, readable, refuse_overlap, writable
+from holdfast.coding.buffers import LARGEST_CALL, check_length, check_span, is_whole, readable, refuse_overlap, region, writable
 from holdfast.coding.claims import Claims
 from holdfast.coding.field import MAX_FRAGMENTS, decode_matrix, parity_matrix
 from holdfast.coding.scrub import DamagedChunk, ScrubReport, locate, syndrome_matrix
@@ -26,14 +26,13 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from holdfast.coding.backend import Kernel
+    from holdfast.coding.buffers import Region
     from holdfast.coding.field import Bytes
-
-    Named = list[tuple[str, Bytes]]
 
 T = TypeVar("T")
 
 CHUNK = 4 << 20  # small enough for the cache to help, large enough that Python's part is lost in it (measured: 1-4 MiB)
-DELTA = 128 << 10  # old XOR new is made in pieces of this size, which stay in the L2 cache until they are used
+DELTA = 512 << 10  # old XOR new is made in pieces of this size, still in the cache when they are used
 
 MOST_THREADS = 256
 
@@ -77,14 +76,13 @@ class ErasureCode:
     def encode(self, data: Sequence[Buffer], parity: Sequence[Buffer], *, chunk_size: int = CHUNK, threads: int = 1) -> None:
         """The parities hold the parity of the data; what they held before is overwritten."""
         sources, targets = self._data(data), self._parity(parity)
-        self._run(self._encoder(), sources, targets, sources[0][1].size, chunk_size, threads)
+        self._run(self._encoder(), sources, targets, sources[0].size, chunk_size, threads)
 
     def encode_chunk(self, data: Sequence[Buffer], parity: Sequence[Buffer], offset: int, length: int) -> None:
         """The same for bytes [offset, offset + length) of every fragment: for data that arrives piece by piece."""
         sources, targets = self._data(data), self._parity(parity)
-        size = sources[0][1].size
-        check_length(sources + targets, size)
-        check_span(offset, length, size)
+        check_length(sources + targets, sources[0].size)
+        check_span(offset, length, sources[0].size)
         sources, targets = _cut(sources, offset, length), _cut(targets, offset, length)
         self._run(self._encoder(), sources, targets, length, CHUNK, 1)
 
@@ -97,9 +95,9 @@ class ErasureCode:
         self._check_index(index)
         source = readable(chunk, "chunk")
         targets = self._parity_at(parity, offset, source.size)
-        refuse_overlap(targets, [("chunk", source)])
-        with _changing.hold([array for _, array in targets]):
-            self._add(index, source, [array for _, array in targets])
+        refuse_overlap(targets, [source])
+        with _changing.hold(targets):
+            self._add(index, source, targets)
 
     def update(
         self,
@@ -121,16 +119,16 @@ class ErasureCode:
             raise ConfigError("update takes either old= and new=, or delta=")
         self._check_index(index)
         before, after = readable(old, "old"), readable(new, "new")
-        check_length([("new", after)], before.size)
+        check_length([after], before.size)
         targets = self._parity_at(parity, offset, before.size)
-        refuse_overlap(targets, [("old", before), ("new", after)])
-        scratch = np.empty(min(DELTA, before.size), np.uint8)
-        with _changing.hold([array for _, array in targets]):
+        refuse_overlap(targets, [before, after])
+        scratch = region(np.empty(min(DELTA, before.size), np.uint8))
+        with _changing.hold(targets):
             for start in range(0, before.size, DELTA):
-                piece = slice(start, min(start + DELTA, before.size))
-                change = scratch[: piece.stop - piece.start]
-                np.bitwise_xor(before[piece], after[piece], out=change)
-                self._add(index, change, [array[piece] for _, array in targets])
+                stop = min(start + DELTA, before.size)
+                change = scratch.cut(0, stop - start)
+                np.bitwise_xor(before.array[start:stop], after.array[start:stop], out=change.array)
+                self._add(index, change, _cut(targets, start, stop - start))
         return None
 
     # -- using parity ----------------------------------------------------------------------------------------------------
@@ -162,18 +160,17 @@ class ErasureCode:
         have, want = self._chosen(tuple(sorted(sources))), tuple(sorted(targets))
         kernel = _decoder(self._backend, self.k, self.m, have, want)
         length = sources[have[0]].size
-        named_sources = [(f"fragment {j}", sources[j]) for j in have]
-        self._run(kernel, named_sources, [(f"out {j}", targets[j]) for j in want], length, chunk_size, threads)
+        check_length(sources.values(), length)
+        refuse_overlap(list(targets.values()), list(sources.values()))
+        self._run(kernel, [sources[j] for j in have], [targets[j] for j in want], length, chunk_size, threads)
 
     def syndromes(self, fragments: Mapping[int, Buffer], offset: int = 0, length: int | None = None) -> Bytes:
         """One row per spare fragment, all zero exactly where the fragments agree; see `scrub` for what it means."""
-        arrays = self._scrubbable(fragments)
-        size = next(iter(arrays.values())).size
+        regions = self._scrubbable(fragments)
+        size = next(iter(regions.values())).size
         length = size - offset if length is None else length
         check_span(offset, length, size)
-        out = np.empty((len(arrays) - self.k, length), np.uint8)
-        self._syndromes_into(out, {j: array[offset : offset + length] for j, array in arrays.items()})
-        return out
+        return self._syndromes({j: each.cut(offset, offset + length) for j, each in regions.items()}, length)
 
     def scrub(self, fragments: Mapping[int, Buffer], *, chunk_size: int = 1 << 20, threads: int = 1) -> ScrubReport:
         """Says which chunks of which fragments contradict the others, from the bytes alone. Changes nothing.
@@ -181,16 +178,15 @@ class ErasureCode:
         At least k+1 fragments are needed. With s = len(fragments) - k spare ones, up to s // 2 bad fragments per byte column
         are named and up to s are noticed.
         """
-        arrays = self._scrubbable(fragments)
-        length = next(iter(arrays.values())).size
+        regions = self._scrubbable(fragments)
+        length = next(iter(regions.values())).size
 
         def look(start: int, stop: int) -> DamagedChunk | None:
-            pieces = {j: array[start:stop] for j, array in arrays.items()}
-            syndromes = np.empty((len(arrays) - self.k, stop - start), np.uint8)
-            self._syndromes_into(syndromes, pieces)
+            pieces = {j: each.cut(start, stop) for j, each in regions.items()}
+            syndromes = self._syndromes(pieces, stop - start)
             if not syndromes.max():
                 return None
-            columns, culprits = locate(self.k, self.m, pieces, syndromes)
+            columns, culprits = locate(self.k, self.m, {j: each.array for j, each in pieces.items()}, syndromes)
             return DamagedChunk(start, stop - start, columns, culprits)
 
         found = _spread(look, length, chunk_size, threads)
@@ -198,35 +194,35 @@ class ErasureCode:
 
     # -- helpers -----------------------------------------------------------------------------------------------------------
 
-    def _data(self, data: Sequence[Buffer]) -> Named:
+    def _data(self, data: Sequence[Buffer]) -> list[Region]:
         if len(data) != self.k:
             raise ConfigError(f"{len(data)} data fragments given, k is {self.k}")
-        return [(f"data {j}", readable(buffer, f"data {j}")) for j, buffer in enumerate(data)]
+        return [readable(buffer, f"data {j}") for j, buffer in enumerate(data)]
 
-    def _parity(self, parity: Sequence[Buffer]) -> Named:
+    def _parity(self, parity: Sequence[Buffer]) -> list[Region]:
         if len(parity) != self.m:
             raise ConfigError(f"{len(parity)} parities given, m is {self.m}")
-        return [(f"parity {r}", writable(buffer, f"parity {r}")) for r, buffer in enumerate(parity)]
+        return [writable(buffer, f"parity {r}") for r, buffer in enumerate(parity)]
 
-    def _parity_at(self, parity: Sequence[Buffer], offset: int, length: int) -> Named:
+    def _parity_at(self, parity: Sequence[Buffer], offset: int, length: int) -> list[Region]:
         targets = self._parity(parity)
         if targets:
-            check_length(targets, targets[0][1].size)
-            check_span(offset, length, targets[0][1].size)
+            check_length(targets, targets[0].size)
+            check_span(offset, length, targets[0].size)
         return _cut(targets, offset, length)
 
-    def _numbered(self, buffers: Mapping[int, Buffer], view: Callable[[Buffer, str], Bytes], what: str) -> dict[int, Bytes]:
+    def _numbered(self, buffers: Mapping[int, Buffer], view: Callable[[Buffer, str], Region], what: str) -> dict[int, Region]:
         if wrong := [j for j in buffers if not is_whole(j, 0, self.n - 1)]:
             raise ConfigError(f"{what} numbers {wrong} are not among 0 … {self.n - 1} (k={self.k}, m={self.m})")
         return {j: view(buffer, f"{what} {j}") for j, buffer in buffers.items()}
 
-    def _scrubbable(self, fragments: Mapping[int, Buffer]) -> dict[int, Bytes]:
-        arrays = self._numbered(fragments, readable, "fragment")
-        if len(arrays) <= self.k:
-            raise ConfigError(f"{len(arrays)} fragments cannot contradict each other; give at least {self.k + 1} (k={self.k})")
-        named = [(f"fragment {j}", array) for j, array in arrays.items()]
-        check_length(named, named[0][1].size)
-        return {j: arrays[j] for j in sorted(arrays)}
+    def _scrubbable(self, fragments: Mapping[int, Buffer]) -> dict[int, Region]:
+        regions = self._numbered(fragments, readable, "fragment")
+        if len(regions) <= self.k:
+            raise ConfigError(f"{len(regions)} fragments cannot contradict each other; give at least {self.k + 1} (k={self.k})")
+        regions = {j: regions[j] for j in sorted(regions)}
+        check_length(regions.values(), next(iter(regions.values())).size)
+        return regions
 
     def _check_index(self, index: int) -> None:
         if not is_whole(index, 0, self.k - 1):
@@ -241,26 +237,29 @@ class ErasureCode:
             return here
         return here[: self.k]
 
-    def _add(self, index: int, source: Bytes, targets: list[Bytes]) -> None:
+    def _add(self, index: int, source: Region, targets: list[Region]) -> None:
         if not targets:
             return
         kernel = self._encoder()
         for start in range(0, source.size, CHUNK):
-            piece = slice(start, start + CHUNK)
-            kernel.add(index, source[piece], [target[piece] for target in targets])
+            stop = min(start + CHUNK, source.size)
+            kernel.add(index, source.cut(start, stop), _cut(targets, start, stop - start))
 
-    def _syndromes_into(self, out: Bytes, fragments: Mapping[int, Bytes]) -> None:
+    def _syndromes(self, fragments: Mapping[int, Region], length: int) -> Bytes:
+        out = np.empty((len(fragments) - self.k, length), np.uint8)
         kernel = _checker(self._backend, self.k, self.m, tuple(fragments))
-        for start in range(0, out.shape[1], CHUNK):
-            piece = slice(start, start + CHUNK)
-            kernel.write([array[piece] for array in fragments.values()], [row[piece] for row in out])
+        self._run(kernel, list(fragments.values()), [region(row) for row in out], length, CHUNK, 1)
+        return out
 
-    def _run(self, kernel: Kernel, sources: Named, targets: Named, length: int, chunk_size: int, threads: int) -> None:
-        check_length(sources + targets, length)
+    def _run(
+        self, kernel: Kernel, sources: list[Region], targets: list[Region], length: int, chunk_size: int, threads: int
+    ) -> None:
+        check_length(sources, length)
+        check_length(targets, length)
         refuse_overlap(targets, sources)
 
         def work(start: int, stop: int) -> None:
-            kernel.write([array[start:stop] for _, array in sources], [array[start:stop] for _, array in targets])
+            kernel.write([each.cut(start, stop) for each in sources], [each.cut(start, stop) for each in targets])
 
         _spread(work if targets else lambda start, stop: None, length, chunk_size, threads)
 
@@ -277,8 +276,8 @@ def _checker(backend: Backend, k: int, m: int, have: tuple[int, ...]) -> Kernel:
     return backend.kernel(syndrome_matrix(k, m, have))
 
 
-def _cut(named: Named, offset: int, length: int) -> Named:
-    return [(what, array[offset : offset + length]) for what, array in named]
+def _cut(regions: list[Region], offset: int, length: int) -> list[Region]:
+    return [each.cut(offset, offset + length) for each in regions]
 
 
 def _spread(work: Callable[[int, int], T], length: int, chunk_size: int, threads: int) -> list[T]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from reedsolo import ReedSolomonError, RSCodec
 
-from holdfast.coding.buffers import readable
+from holdfast.coding.buffers import is_whole, readable
 from holdfast.coding.crc import crc32c
 from holdfast.coding.field import MULTIPLY, parity_matrix
 from holdfast.errors import ConfigError, CorruptData
@@ -44,8 +44,8 @@ class HeaderCodec:
     """Turns a payload into a block that survives nsym // 2 wrong bytes per codeword of 255, anywhere, in unknown places."""
 
     def __init__(self, nsym: int = 32) -> None:
-        if not 2 <= nsym <= 200:
-            raise ConfigError(f"nsym is {nsym}; it can be 2 … 200 (two parity bytes repair one byte)")
+        if not is_whole(nsym, 2, 200):
+            raise ConfigError(f"nsym is {nsym!r}; it can be 2 … 200 (two parity bytes repair one byte)")
         self.nsym = nsym
         self._room = CODEWORD - nsym
 
@@ -59,7 +59,7 @@ class HeaderCodec:
 
     def encode(self, payload: Buffer) -> bytes:
         """The block: payload, its length, its CRC32C and the parity. About 50 microseconds for a payload of 512 bytes."""
-        data = readable(payload, "payload").tobytes()
+        data = readable(payload, "payload").array.tobytes()
         if len(data) > LARGEST_PAYLOAD:
             raise ConfigError(f"a payload of {len(data)} bytes is no header; at most {LARGEST_PAYLOAD} are taken")
         depth = self._depth(len(data))
@@ -72,7 +72,7 @@ class HeaderCodec:
 
         `CorruptData` if there is no block or if it is beyond repair; a wrong payload is never returned.
         """
-        data = readable(block, "block")
+        data = readable(block, "block").array
         reasons = []
         for depth in self._depths(data):
             try:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from holdfast.coding.buffers import LARGEST_CALL
+from holdfast.coding.buffers import LARGEST_CALL, Region, region
 from holdfast.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,19 +79,18 @@ class Isal:
         rows, columns = matrix_RC.shape
         tables = np.zeros(32 * rows * columns, np.uint8)
         matrix_RC = np.ascontiguousarray(matrix_RC)
-        self._init_tables(columns, rows, _address(matrix_RC), _address(tables))
-        return IsalKernel(self, rows, columns, tables)
+        self._init_tables(columns, rows, region(matrix_RC).address, region(tables).address)
+        return IsalKernel(self, rows, columns, region(tables))
 
-    def crc32c(self, data: Bytes, value: int) -> int:
+    def crc32c(self, data: Region, value: int) -> int:
         register = value ^ CRC_INVERT
         for start in range(0, data.size, LARGEST_CALL):
-            piece = data[start : start + LARGEST_CALL]
-            register = self._crc32_iscsi(_address(piece), piece.size, register)
+            register = self._crc32_iscsi(data.address + start, min(LARGEST_CALL, data.size - start), register)
         return int(register) ^ CRC_INVERT
 
-    def crc32c_blocks(self, data: Bytes, nbytes: int) -> Iterator[int]:
+    def crc32c_blocks(self, data: Region, nbytes: int) -> Iterator[int]:
         """The CRC of each block of `nbytes`, for blocks so small that a checked call for each would cost more than its CRC."""
-        call, start = self._crc32_iscsi, _address(data)
+        call, start = self._crc32_iscsi, data.address
         for at in range(0, data.size, nbytes):
             yield call(start + at, min(nbytes, data.size - at), CRC_INVERT) ^ CRC_INVERT
 
@@ -103,16 +102,16 @@ class IsalKernel:
     library: Isal
     rows: int
     columns: int
-    tables: Bytes
+    tables: Region
 
-    def write(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+    def write(self, sources: Sequence[Region], targets: Sequence[Region]) -> None:
         self.library.encode_data(
-            sources[0].size, self.columns, self.rows, _address(self.tables), _addresses(sources), _addresses(targets)
+            sources[0].size, self.columns, self.rows, self.tables.address, _addresses(sources), _addresses(targets)
         )
 
-    def add(self, column: int, source: Bytes, targets: Sequence[Bytes]) -> None:
+    def add(self, column: int, source: Region, targets: Sequence[Region]) -> None:
         self.library.encode_update(
-            source.size, self.columns, self.rows, column, _address(self.tables), _address(source), _addresses(targets)
+            source.size, self.columns, self.rows, column, self.tables.address, source.address, _addresses(targets)
         )
 
 
@@ -126,9 +125,5 @@ def _function(library: ctypes.CDLL, name: str, *arguments: Any, result: Any = No
     return function
 
 
-def _address(array: Bytes) -> int:
-    return int(array.__array_interface__["data"][0])
-
-
-def _addresses(arrays: Sequence[Bytes]) -> Any:
-    return (_POINTER * len(arrays))(*map(_address, arrays))
+def _addresses(regions: Sequence[Region]) -> Any:
+    return (_POINTER * len(regions))(*[each.address for each in regions])

@@ -97,9 +97,13 @@ def locate(k: int, m: int, fragments: Mapping[int, Bytes], syndromes_ML: Bytes) 
     while left.size:
         found = _decode_column(k, m, fragments, int(left[0]))
         culprits |= found
-        if not found or len(culprits) > spare:
+        # reedsolo answers beyond its reach too, so what it says is taken only within it: half as many as there are spare.
+        if not found or 2 * len(found) > spare or len(culprits) > spare:
             return columns.size, ()
-        left = left[~_explained(locators(k, m)[sorted(found)], syndromes_ML[:, left])]
+        explained = _explained(locators(k, m)[sorted(found)], syndromes_ML[:, left])
+        if not explained[0]:
+            return columns.size, ()
+        left = left[~explained]
     return columns.size, tuple(sorted(culprits))
 
 

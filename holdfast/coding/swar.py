@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from holdfast.coding.buffers import Region
     from holdfast.coding.field import Bytes
 
     Words = NDArray[np.uint64]
@@ -48,17 +49,18 @@ class SwarKernel:
     coefficients: Bytes  # row × column
     spread: Words  # row × column × 8: the eight products c·2^b of each coefficient, each repeated in all bytes of a word
 
-    def write(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+    def write(self, sources: Sequence[Region], targets: Sequence[Region]) -> None:
         for start in range(0, sources[0].size, BLOCK):
-            pieces = [target[start : start + BLOCK] for target in targets]
+            pieces = [target.array[start : start + BLOCK] for target in targets]
             for piece in pieces:
                 piece.fill(0)
             for column, source in enumerate(sources):
-                self._add_block(column, source[start : start + BLOCK], pieces)
+                self._add_block(column, source.array[start : start + BLOCK], pieces)
 
-    def add(self, column: int, source: Bytes, targets: Sequence[Bytes]) -> None:
+    def add(self, column: int, source: Region, targets: Sequence[Region]) -> None:
         for start in range(0, source.size, BLOCK):
-            self._add_block(column, source[start : start + BLOCK], [t[start : start + BLOCK] for t in targets])
+            pieces = [target.array[start : start + BLOCK] for target in targets]
+            self._add_block(column, source.array[start : start + BLOCK], pieces)
 
     def _add_block(self, column: int, source: Bytes, targets: Sequence[Bytes]) -> None:
         whole = source.size & ~7

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from holdfast.coding.buffers import Region
     from holdfast.coding.field import Bytes
 
-BLOCK = 256 << 10  # so that a target stays in the L2 cache while its sources stream past
+BLOCK = 512 << 10  # so that a target stays in the cache while its sources stream past
+WORTH_A_TABLE = 4 << 10  # bytes below which making the large table would take longer than using it
 
 
 class Tables:
@@ -38,19 +40,19 @@ class Tables:
 class TablesKernel:
     coefficients: tuple[tuple[int, ...], ...]
 
-    def write(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+    def write(self, sources: Sequence[Region], targets: Sequence[Region]) -> None:
         scratch = np.empty(min(BLOCK, sources[0].size), np.uint8)
         for start in range(0, sources[0].size, BLOCK):
-            pieces = [source[start : start + BLOCK] for source in sources]
+            pieces = [source.array[start : start + BLOCK] for source in sources]
             for row, target in zip(self.coefficients, targets, strict=True):
-                _combine(row, pieces, target[start : start + BLOCK], scratch)
+                _combine(row, pieces, target.array[start : start + BLOCK], scratch)
 
-    def add(self, column: int, source: Bytes, targets: Sequence[Bytes]) -> None:
+    def add(self, column: int, source: Region, targets: Sequence[Region]) -> None:
         scratch = np.empty(min(BLOCK, source.size), np.uint8)
         for start in range(0, source.size, BLOCK):
-            piece = source[start : start + BLOCK]
+            piece = source.array[start : start + BLOCK]
             for row, target in zip(self.coefficients, targets, strict=True):
-                _add(row[column], piece, target[start : start + BLOCK], scratch)
+                _add(row[column], piece, target.array[start : start + BLOCK], scratch)
 
 
 def _combine(row: Sequence[int], sources: Sequence[Bytes], target: Bytes, scratch: Bytes) -> None:
@@ -78,6 +80,9 @@ def _add(coefficient: int, source: Bytes, target: Bytes, scratch: Bytes) -> None
 def _product(coefficient: int, source: Bytes, target: Bytes) -> None:
     if coefficient == 1:
         target[:] = source
+        return
+    if source.size < WORTH_A_TABLE:
+        np.take(MULTIPLY[coefficient], source, out=target, mode="clip")
         return
     even = source.size & ~1
     # mode="clip" lets numpy write straight into `out`; every 16-bit index is inside the table anyway.

@@ -61,9 +61,15 @@ class Restored:
     recovery: Recovery | None = None
 
 
-def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, checkpoints: str | None, lap: Lap) -> Restored:
-    """Restore the newest step that any source still has, on all ranks alike. Raises SnapshotLost when all that was is gone."""
-    surveys = _survey(team, leads_node, memory)
+def newest(
+    state: TrackedState, team: Team, sources: Mapping[int, Path], host: str, checkpoints: str | None, lap: Lap
+) -> Restored:
+    """Restore the newest step that any source still has, on all ranks alike.
+
+    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity. Raises
+    SnapshotLost when snapshots exist, none of them can be restored and no checkpoint is left.
+    """
+    surveys = _survey(team, sources)
     looked = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
     stored, notes = looked["step"], list(looked["problems"])
     lap("survey")
@@ -73,7 +79,7 @@ def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, chec
         notes += [reason for reason in reasons if reason not in notes]
         if plan is None or (stored is not None and stored > plan.step):
             break
-        outcomes = _from_memory(state, team, plan, surveys, leads_node, memory, lap)
+        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
             _raise_first(outcomes)
@@ -81,7 +87,7 @@ def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, chec
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
-        surveys = _survey(team, leads_node, memory)
+        surveys = _survey(team, sources)
     if stored is not None:
         assert checkpoints is not None
         team.all(lambda: _from_checkpoint(state, team.rank, checkpoints, stored))
@@ -98,17 +104,20 @@ def newest(state: TrackedState, team: Team, leads_node: bool, memory: Path, chec
 # -- looking -------------------------------------------------------------------------------------------------------------
 
 
-def _survey(team: Team, leads_node: bool, memory: Path) -> list[Survey]:
-    def ask() -> Any:
-        if not leads_node:
-            return None
-        connection = connect(memory)
-        try:
-            return connection.ask("survey")
-        finally:
-            connection.close()
+def _survey(team: Team, sources: Mapping[int, Path]) -> list[Survey]:
+    def ask() -> list[Any]:
+        return [ask_once(memory, "survey") for memory in sources.values()]
 
-    return [Survey.from_json(found) for found in team.all(ask) if found is not None]
+    return [Survey.from_json(found) for told in team.all(ask) for found in told]
+
+
+def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
+    """One question to the keeper that serves `memory`; a long answer is waited for."""
+    connection = connect(memory, timeout_s=3600)
+    try:
+        return connection.ask(verb, **fields)
+    finally:
+        connection.close()
 
 
 def _newest_checkpoint(checkpoints: str | None) -> dict[str, Any]:
@@ -137,36 +146,24 @@ def _directory(checkpoints: str) -> Path:
 
 
 def _from_memory(
-    state: TrackedState, team: Team, plan: RestorePlan, surveys: list[Survey], leads_node: bool, memory: Path, lap: Lap
+    state: TrackedState, team: Team, plan: RestorePlan, surveys: list[Survey], sources: Mapping[int, Path], host: str, lap: Lap
 ) -> list[Outcome]:
     """Rebuild what is lost, then fill every rank's tensors; how each rank fared."""
     members = {survey.member.node: survey.member for survey in surveys}
-    own = next(node for node, member in members.items() if member.memory == str(memory))
 
     def rebuild() -> None:
-        if not leads_node:
-            return
-        connection = connect(memory, timeout_s=3600)
-        try:
-            for item in plan.rebuilds:
-                if item.host == own:
-                    survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
-                    connection.ask(
-                        "rebuild",
-                        group=item.group.to_json(),
-                        lost=item.lost,
-                        survivors=survivors,
-                        with_parity=list(item.with_parity),
-                    )
-        finally:
-            connection.close()
+        for item in plan.rebuilds:
+            if item.host in sources:
+                survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
+                fields = {"group": item.group.to_json(), "lost": item.lost, "with_parity": list(item.with_parity)}
+                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields)
 
     team.all(rebuild)
     lap("rebuild")
-    tables, objects = _tables(team, plan, leads_node, memory)
+    tables, objects = _tables(team, plan, sources)
 
     def load() -> None:
-        source = SlotSource(plan, members.values(), tables, host=members[own].host)
+        source = SlotSource(plan, members.values(), tables, host=host)
         try:
             for item in state.prepare(source.specs):
                 source.load(item, team.rank)
@@ -179,25 +176,24 @@ def _from_memory(
     return outcomes
 
 
-def _tables(team: Team, plan: RestorePlan, leads_node: bool, memory: Path) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
+def _tables(team: Team, plan: RestorePlan, sources: Mapping[int, Path]) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
     """The fragment tables and objects of all ranks at the plan's step, told by the keepers that hold them."""
+    holders = set(plan.holders.values())
+    mine: list[FragmentTable] = []
+
+    def ask() -> dict[str, Any]:
+        objects: dict[str, Any] = {}
+        for node, memory in sources.items():
+            if node in holders:
+                header, table = ask_once(memory, "tables", step=plan.step, index=plan.index)
+                mine.append(FragmentTable.from_bytes(bytes(table)))
+                objects |= header["objects"]
+        return objects
+
     objects: dict[str, dict[str, str]] = {}
-    mine: list[bytes] = [b""]
-
-    def ask() -> dict[str, Any] | None:
-        if not leads_node:
-            return None
-        connection = connect(memory)
-        try:
-            header, table = connection.ask("tables", step=plan.step, index=plan.index)
-            mine[0] = bytes(table)
-            return header["objects"]  # type: ignore[no-any-return]
-        finally:
-            connection.close()
-
-    for found in team.all(ask):
-        objects |= found or {}
-    tables = [FragmentTable.from_bytes(data) for data in team.gather(mine[0]) if data]
+    for told in team.all(ask):
+        objects |= told
+    tables = [FragmentTable.from_bytes(data) for data in team.gather(FragmentTable.concat(mine).to_bytes())]
     return FragmentTable.concat(tables), objects
 
 

@@ -11,14 +11,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import restore
-from holdfast.elastic.restore import Recovery, Restored
+from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
 from holdfast.environment import Environment, check_job_name, default_job_name
 from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
@@ -56,6 +56,8 @@ class Place:
     nodes_here: tuple[int, ...]
     leads_node: bool
     leads_host: bool
+    guests: tuple[int, ...] = ()
+    """Nodes of an earlier, larger start whose memory is still on this host: sources to restore from, no members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,12 @@ def assign_nodes(claims: Sequence[Claim]) -> dict[int, tuple[int, ...]]:
     return {agent: tuple(sorted(nodes)) for agent, nodes in taken.items()}
 
 
-def place_of(env: Environment, nodes: tuple[int, ...]) -> Place:
+def place_of(env: Environment, nodes: tuple[int, ...], known: Sequence[int] = ()) -> Place:
     """Ranks of a host are dealt to its nodes in runs of equal length; the first rank of a node speaks for it."""
     own = env.local_rank * len(nodes) // env.local_world
     first = env.local_rank == 0 or (env.local_rank - 1) * len(nodes) // env.local_world != own
-    return Place(nodes[own], nodes, first, env.local_rank == 0)
+    leads_host = env.local_rank == 0
+    return Place(nodes[own], nodes, first, leads_host, tuple(node for node in known if leads_host and node not in nodes))
 
 
 class Run:
@@ -126,14 +129,17 @@ class Run:
         self._agree_on_structure(team)
         place = self._find_place(team, env, memory)
         clock.lap("agree")
-        nodes = list(place.nodes_here)
+        nodes = [*place.nodes_here, *place.guests]
         starting = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
         team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)  # type: ignore[arg-type]
         own = node_memory(memory, self.name, place.node)
         clock.lap("keepers")
-        restored = restore.newest(self._tracked, team, place.leads_node, own, self._settings.checkpoints, clock.lap)
+        sources = {place.node: own} if place.leads_node else {}
+        sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
+        host = Endpoint.read(own).member.host
+        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
         link = team_link(team, own, env, self._room_needed(team))
-        self._join(team, place, own, restored)
+        self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
         clock.lap("join")
         self._start(link, team.rank, restored)
         if restored.recovery is not None:
@@ -161,7 +167,10 @@ class Run:
             return [env.group_rank, nodes, known_nodes(memory, self.name)] if env.local_rank == 0 else None
 
         claims = [Claim(agent, number, tuple(known)) for agent, number, known in filter(None, team.all(claim))]
-        return place_of(env, assign_nodes(claims)[env.group_rank])
+        assigned = assign_nodes(claims)
+        members = {node for nodes in assigned.values() for node in nodes}
+        own = next(claim for claim in claims if claim.agent == env.group_rank)
+        return place_of(env, assigned[env.group_rank], [node for node in own.known if node not in members])
 
     def _room_needed(self, team: Team) -> int:
         """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
@@ -171,14 +180,14 @@ class Run:
             nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).nbytes
         return nbytes
 
-    def _join(self, team: Team, place: Place, memory: Path, restored: Restored) -> None:
+    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> None:
         """All keepers enter the same new epoch; from here on the dead of the last one are refused."""
 
         def describe() -> dict[str, Any]:
             found = Endpoint.read(memory).member
-            with _asking(memory) as ask:
-                epoch = ask("survey")["epoch"]
-            return {"node": place.node, "rank": team.rank, "member": found.to_json(), "epoch": epoch}
+            epoch = ask_once(memory, "survey")["epoch"]
+            mine = [guest.to_json() for guest in guests]
+            return {"node": place.node, "rank": team.rank, "member": found.to_json(), "epoch": epoch, "guests": mine}
 
         told = team.all(describe)
         members: dict[int, Member] = {}
@@ -200,6 +209,7 @@ class Run:
             index=restored.index,
             protected=restored.protected,
             in_memory=restored.in_memory,
+            guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
             logger.warning(
@@ -210,13 +220,11 @@ class Run:
 
         def enter() -> None:
             if place.leads_node:
-                with _asking(memory) as ask:
-                    ask("join", view=view.to_json())
+                ask_once(memory, "join", view=view.to_json())
 
         def begin() -> None:
             if place.leads_node and place.node == view.coordinator:
-                with _asking(memory) as ask:
-                    ask("begin")
+                ask_once(memory, "begin")
 
         team.all(enter)
         team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
@@ -334,19 +342,6 @@ class _Staleness:
             )
             emit("snapshot.stale", job=self._name, committed=committed, step=step)
             self._since = now
-
-
-class _asking:  # noqa: N801 - read as a verb: with _asking(memory) as ask
-    """One short conversation with a keeper."""
-
-    def __init__(self, memory: Path) -> None:
-        self._connection = connect(memory, timeout_s=600)
-
-    def __enter__(self) -> Callable[..., Any]:
-        return self._connection.ask
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
 
 
 def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:

@@ -16,6 +16,9 @@ from enum import Enum
 LEAD_LIMIT = 256
 """Furthest that a target may lie ahead of the newest completed step. Reached only when steps are far shorter than messages."""
 
+LAST_TRIES = 10
+"""Rounds for the last step of a run that may fail in a row before the run ends without it."""
+
 CALM_ROUNDS = 16
 """Commits in a row without a missed target before the next target is named one step closer."""
 
@@ -144,6 +147,7 @@ class Coordinator:
         self._waiting: set[int] = set()
         self._progress = committed
         self._calm = 0
+        self._failed_in_a_row = 0
         self._finishing: dict[int, Finishing] = {}
 
     def feed(self, event: Input) -> list[Action]:
@@ -173,6 +177,7 @@ class Coordinator:
         if event.step != self.step:
             return []
         self.given_up += 1
+        self._failed_in_a_row += 1
         self._calm = 0
         if event.reason == "passed":
             self.lead = min(self.lead * 2, LEAD_LIMIT)
@@ -188,6 +193,7 @@ class Coordinator:
         # Only now may the older slot be refilled: every node has the newer one committed.
         self.committed, self.index = self.step, 1 - self.index
         self._calm += 1
+        self._failed_in_a_row = 0
         if self._calm >= CALM_ROUNDS:
             self.lead, self._calm = max(1, self.lead - 1), 0
         return self._spill() + self._next()
@@ -224,6 +230,7 @@ class Coordinator:
     def _last(self) -> list[Action]:
         step = max(event.step for event in self._finishing.values())
         wanted = any(event.keep for event in self._finishing.values()) and step > 0
+        wanted = wanted and self._failed_in_a_row < LAST_TRIES
         if wanted and self.committed < step:
             return [] if self._spilling == 1 - self.index else self._announce(step)
         if wanted and self.checkpoint_every and self._spilled < self.committed:

@@ -97,6 +97,7 @@ class Keeper:
         self._rows: tuple[int, RowsInFlight] | None = None
         self._finished: dict[int, Header] = {}
         self._coordinator: Coordinator | None = None
+        self._guests: tuple[Member, ...] = ()
         self._checked_layouts: tuple[tuple[int, str], ...] = ()
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
@@ -167,7 +168,7 @@ class Keeper:
             fresh = View.from_json(view)
             if fresh.epoch <= self.epoch:
                 raise StaleEpoch(f"node {self.node} is already in epoch {self.epoch}; epoch {fresh.epoch} comes too late")
-            self.view, self.epoch = fresh, fresh.epoch
+            self.view, self.epoch, self._guests = fresh, fresh.epoch, fresh.guests
             self._announced, self._rows = None, None
             self._groups.clear()
             self._finished.clear()
@@ -290,6 +291,7 @@ class Keeper:
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
         self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
         if self._coordinator is not None:
+            self._release_guests()
             self._check_layout(step, index)
 
     def verb_tables(self, step: int, index: int) -> Reply:
@@ -373,11 +375,14 @@ class Keeper:
             except (HoldfastError, OSError) as error:
                 # A snapshot that fails is given up and counted; training goes on and the next one is tried.
                 logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
-                announced = self._announced
-                if announced is not None:
-                    self._tell_coordinator(GivenUp(self.node, announced[0], self._progress(), "failed"))
+                self._give_up_round()
             except Exception:
-                logger.exception("keeper of node %d: a job failed", self.node)
+                logger.exception("snapshot given up on node %d", self.node)
+                self._give_up_round()
+
+    def _give_up_round(self) -> None:
+        if self._announced is not None:
+            self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed"))
 
     def _verify(self, rank: int, step: int, index: int, payload_nbytes: int, objects: dict[str, str]) -> None:
         """Checksum a filled slot and seal it with its table, objects and header."""
@@ -478,7 +483,7 @@ class Keeper:
             if connection is None:
                 member = self._view().member(node)
                 connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, epoch_of_sender=self.epoch, crc=crc32c(data), **fields)
+            connection.ask("parity", data, epoch_of_sender=self.epoch, block_nbytes=block_nbytes, **fields)
 
         return forward
 
@@ -577,6 +582,17 @@ class Keeper:
         except Exception:
             logger.exception("checkpoint of step %d failed, training goes on", step)
         self._tell_coordinator(SpillEnded(index))
+
+    def _release_guests(self) -> None:
+        """Keepers of an earlier membership are no longer needed once this one has committed a step."""
+        guests, self._guests = self._guests, ()
+        for guest in guests:
+            try:
+                connection = Connection((guest.address, guest.port), guest.token)
+                connection.ask("shutdown")
+                connection.close()
+            except KeeperUnreachable as error:
+                logger.info("node %d, no longer a member, is gone already: %s", guest.node, error)
 
     def _check_layout(self, step: int, index: int) -> None:
         """When the layout has changed: every array is whole over all ranks, or the snapshots are worth nothing and we say so."""

@@ -187,13 +187,21 @@ def _newest_header(path: Path, page: memoryview) -> SlotHeader:
         try:
             payload, _ = _codec.decode(bytes(page[place:end]))
             fields = json.loads(payload)
-            found.append(SlotHeader(**fields | {"state": SlotState(fields["state"])}))
+            found.append(_possible(SlotHeader(**fields | {"state": SlotState(fields["state"])})))
         except (CorruptData, ValueError, TypeError, KeyError) as error:
             problems.append(str(error))
     page.release()
     if not found:
         raise CorruptData(f"slot {path}: neither header is whole ({'; '.join(problems)})")
     return max(found, key=lambda header: header.sequence)
+
+
+def _possible(header: SlotHeader) -> SlotHeader:
+    if header.version != VERSION:
+        raise CorruptData(f"version {header.version} is not the {VERSION} that this release reads")
+    if min(header.payload_nbytes, header.meta_nbytes) < 0:
+        raise CorruptData(f"lengths {header.payload_nbytes} and {header.meta_nbytes} are impossible")
+    return header
 
 
 def _out_of_memory(path: Path, nbytes: int, error: OSError) -> OutOfSharedMemory:

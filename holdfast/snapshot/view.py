@@ -106,6 +106,7 @@ class View(_Json):
 
     `committed` is the step that was restored, in slot `index`; `in_memory` that the slots hold
     it (else their content is void), and `protected` that every node has it committed with parity.
+    `guests` are keepers of an earlier, larger membership: they held a part of it, and may go once something newer is committed.
     """
 
     job: str
@@ -121,6 +122,7 @@ class View(_Json):
     index: int
     protected: bool
     in_memory: bool
+    guests: tuple[Member, ...] = ()
 
     @property
     def coordinator(self) -> int:

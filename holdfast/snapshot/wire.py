@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 
 HEADER_LIMIT = 64 << 20
 PAYLOAD_LIMIT = 1 << 30
+STRANGER_LIMIT = 4096
+"""Longest frame of somebody who has not shown the token yet."""
+
 _LENGTHS = struct.Struct("!II")
 
 Header = dict[str, Any]
@@ -40,16 +43,18 @@ def send_frame(sock: socket.socket, header: Header, payload: memoryview | bytes 
         sock.sendall(payload)
 
 
-def receive_frame(sock: socket.socket, out: memoryview | None = None) -> tuple[Header, memoryview]:
+def receive_frame(
+    sock: socket.socket, out: memoryview | None = None, *, limits: tuple[int, int] = (HEADER_LIMIT, PAYLOAD_LIMIT)
+) -> tuple[Header, memoryview]:
     """The next frame; a payload that fits lands in `out`. Raises EOFError when the other side has closed."""
     header_nbytes, payload_nbytes = _LENGTHS.unpack(_receive_exactly(sock, memoryview(bytearray(_LENGTHS.size))))
-    if header_nbytes > HEADER_LIMIT or payload_nbytes > PAYLOAD_LIMIT:
+    if header_nbytes > limits[0] or payload_nbytes > limits[1]:
         raise ClusterError(
             f"a peer announced a frame of {header_nbytes} + {payload_nbytes} bytes; it does not speak our protocol"
         )
     try:
         header = json.loads(bytes(_receive_exactly(sock, memoryview(bytearray(header_nbytes)))))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ClusterError(f"a peer sent a header that is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise ClusterError("a peer sent a header that is not a JSON object")
@@ -90,7 +95,11 @@ class Connection:
         except OSError as error:
             self._sock.close()
             raise KeeperUnreachable(f"no keeper answers at {_text(address)} ({error})") from error
-        self.ask("auth", token=token)
+        try:
+            self.ask("auth", token=token)
+        except ClusterError:
+            self.close()
+            raise
 
     def ask(self, verb: str, payload: memoryview | bytes = b"", *, out: memoryview | None = None, **fields: Any) -> Any:
         """Send a request, wait for its answer; returns the header, or (header, payload) where the answer has bytes."""
@@ -155,8 +164,11 @@ class Server:
     def _serve(self, sock: socket.socket) -> None:
         try:
             with sock:
-                header, _ = receive_frame(sock)
-                if header.get("verb") != "auth" or not hmac.compare_digest(str(header.get("token", "")), self._token):
+                if sock.family == socket.AF_INET:
+                    # An answer is a header, then its bytes: with Nagle's rule each would wait 40 ms for an acknowledgement.
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                header, _ = receive_frame(sock, limits=(STRANGER_LIMIT, 0))
+                if header.get("verb") != "auth" or not _same(str(header.get("token", "")), self._token):
                     send_frame(sock, {"error": "ClusterError", "message": "wrong token: this keeper belongs to another run"})
                     return
                 send_frame(sock, {})
@@ -178,8 +190,12 @@ class Server:
             reply = self._handler(verb, header, payload)
         except HoldfastError as error:
             reply = {"error": type(error).__name__, "message": str(error)}
-        except (KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # whatever went wrong here, the peer is told, and can still ask for other things
             logger.exception("request %r could not be answered", verb)
             reply = {"error": "ClusterError", "message": f"the keeper could not answer {verb!r}: {error!r}"}
         fields, body = reply if isinstance(reply, tuple) else (reply or {}, b"")
         send_frame(sock, fields, body)
+
+
+def _same(token: str, expected: str) -> bool:
+    return hmac.compare_digest(token.encode(errors="replace"), expected.encode())

@@ -12,6 +12,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import holdfast
 from holdfast.environment import home
 from holdfast.snapshot.client import Endpoint
-from holdfast.snapshot.cluster import known_nodes, node_memory
+from holdfast.snapshot.cluster import node_memory
 
 
 class Cursor:
@@ -61,21 +62,23 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     return found
 
 
-def die(kind: str, name: str, memory: Path, rank: int) -> None:
-    """What the schedule of the test asks for: this process, or its whole node with keeper and memory."""
-    if kind == "exception":
+def die(death: dict[str, Any], name: str, memory: Path) -> None:
+    """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
+    if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
-    if kind == "node":
-        place = node_memory(memory, name, known_nodes(memory, name)[rank])
-        os.kill(Endpoint.read(place).pid, signal.SIGKILL)
-        shutil.rmtree(place)
+    if death["kind"] == "node":
+        places = [node_memory(memory, name, rank) for rank in death["ranks"]]  # one rank for each node
+        for place in places:
+            os.kill(Endpoint.read(place).pid, signal.SIGKILL)
+        for place in places:
+            shutil.rmtree(place)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layout", default="fsdp", choices=("fsdp", "ddp", "plain"))
-    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bare", action="store_true")
     parser.add_argument("--checkpoints")
@@ -84,7 +87,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--name", default="t")
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
-    parser.add_argument("--pace", type=float, default=0.02, help="seconds of other work in every step")
+    parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
     args = parser.parse_args()
 
@@ -133,12 +136,11 @@ def main() -> None:
             for step in run.steps(until=args.steps):
                 step_body(step)
                 for number, death in enumerate(deaths):
-                    mark = marks / f"{number}-{rank}"
-                    if rank in death["ranks"] and step >= death["step"] and not mark.exists():
-                        while run.committed_step < death.get("committed", 0):
-                            time.sleep(0.01)
+                    mark = marks / str(number)
+                    ripe = step >= death["step"] and run.committed_step >= death["committed"]
+                    if rank == death["ranks"][0] and ripe and not mark.exists():
                         mark.touch()
-                        die(death["kind"], args.name, memory, rank)
+                        die(death, args.name, memory)
                 if args.follow_keeper and not _alive(keeper_pid(memory, args.name, run)):
                     os.kill(os.getpid(), signal.SIGKILL)
 

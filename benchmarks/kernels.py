@@ -1,0 +1,514 @@
+"""Compressed activations and KV: bytes, gradient error, loss curves; on a GPU also bandwidth, step time and peak memory.
+
+    python benchmarks/kernels.py [--json] [--quick]          on the CPU, about ten minutes on two cores
+    python benchmarks/kernels.py --gpu [--json] [--quick]    on one CUDA device, about three minutes
+
+The model is a byte-level GPT trained on Python's standard library, so that activations and gradients are those of a model that
+has learned something. Bytes are unique regions of memory that autograd holds, weights left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from holdfast.kernels import (
+    INT4,
+    INT8,
+    KEEP,
+    MXFP8,
+    MXINT8,
+    ActPolicy,
+    QuantSpec,
+    RunningSpec,
+    compress_activations,
+    dequantize,
+    gradient_error,
+    mixed_policy,
+    quantize,
+)
+from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, KVSpec, chunked_backward
+
+MESA = RunningSpec(heads=4, clamp=False)
+POLICIES: dict[str, ActPolicy | None] = {
+    "exact": None,
+    "mesa as published": ActPolicy(default=MESA, keep_heads=False, keep_losses=False),
+    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), keep_heads=False, keep_losses=False),
+    "int8": ActPolicy(),
+    "int4, attention rebuilt at int4": ActPolicy(default=INT4, attention=INT4),
+    "mixed int4/int8": mixed_policy(),
+    "int8, fp32 scales": ActPolicy(default=QuantSpec(scale="fp32")),
+    "mxint8": ActPolicy(default=MXINT8),
+    "mxfp8": ActPolicy(default=MXFP8),
+}
+
+
+# -- the report --------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Rows and goals in the schema all benchmarks share."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.goals: list[dict[str, Any]] = []
+
+    def row(self, case: str, system: str, metric: str, unit: str, values: list[float]) -> None:
+        middle = {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
+        self.rows.append({"case": case, "system": system, "metric": metric, "unit": unit, **middle})
+        say(f"{case:<24} {system:<34} {metric:<22} {middle['median']:.4g} {unit}")
+
+    def absent(self, case: str, system: str, metric: str, unit: str, reason: str) -> None:
+        empty = {"n": 0, "median": None, "min": None, "max": None, "reason": reason}
+        self.rows.append({"case": case, "system": system, "metric": metric, "unit": unit, **empty})
+        say(f"{case:<24} {system:<34} {metric:<22} - ({reason})")
+
+    def goal(self, name: str, limit: float, measured: float, *, at_most: bool = True) -> None:
+        met = measured <= limit if at_most else measured >= limit
+        self.goals.append({"name": name, "goal": f"{'<=' if at_most else '>='} {limit:g}", "measured": measured, "met": met})
+        say(f"goal {name}: {measured:.4g} ({'<=' if at_most else '>='} {limit:g}) {'met' if met else 'MISSED'}")
+
+    def show(self, *, as_json: bool) -> None:
+        if as_json:
+            print(json.dumps({"schema": 1, "machine": machine(), "rows": self.rows, "goals": self.goals}, indent=1))
+
+
+def machine() -> dict[str, Any]:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine())
+    found = {"cpu": cpu, "cores": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": f"one {properties.name}", "gpu_memory_gib": round(properties.total_memory / 2**30)}
+        found["cuda"] = torch.version.cuda
+    with contextlib.suppress(ImportError):
+        import triton
+
+        found["triton"] = triton.__version__
+    return {**found, "command": "python " + " ".join(sys.argv)}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self, number: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.number, self.heads = number, heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, context: ChunkContext | None) -> torch.Tensor:
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        if context is None:
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            a = context.attention(self.number, q, k, v)
+        x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    def __init__(self, width: int, heads: int, layers: int, context: int) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(i, width, heads) for i in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.lm_head = nn.Linear(width, 256, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor, start: int = 0, context: ChunkContext | None = None
+    ) -> torch.Tensor:
+        x = self.embed(tokens) + self.position(torch.arange(start, start + tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x, context)
+        return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1), targets.flatten())
+
+
+def text(nbytes: int = 2_000_000) -> torch.Tensor:
+    found = bytearray()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        found += path.read_bytes()
+    return torch.frombuffer(found[:nbytes], dtype=torch.uint8).long()
+
+
+def batch(source: torch.Tensor, size: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    starts = torch.randint(0, len(source) - length - 1, (size,), generator=generator).tolist()
+    windows = torch.stack([source[s : s + length + 1] for s in starts])
+    return windows[:, :-1], windows[:, 1:]
+
+
+def train(
+    model: GPT, source: torch.Tensor, steps: int, seed: int, context: AbstractContextManager[object] | None, length: int
+) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(steps):
+        tokens, targets = batch(source, 4, length, generator)
+        with context or nullcontext():
+            loss = model(tokens, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+# -- on the CPU --------------------------------------------------------------------------------------------------------
+
+
+def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
+    """One step of 1024 tokens in bfloat16 autocast, after some training."""
+    source, length = text(), 256 if quick else 1024
+    torch.manual_seed(0)
+    model = GPT(256, 4, 4, length)
+    train(model, source, 5 if quick else 150, 1, None, min(length, 128))
+    batches = [batch(source, 1, length, torch.Generator().manual_seed(100 + i)) for i in range(1 if quick else 3)]
+    bytes_of: dict[str, float] = {}
+    error_of: dict[str, float] = {}
+    for precision in ("fp32", "amp"):
+        for name, policy in POLICIES.items():
+            errors, worst, totals = [], [], []
+            for tokens, targets in batches:
+
+                def loss_of(tokens: torch.Tensor = tokens, targets: torch.Tensor = targets) -> torch.Tensor:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
+                        return model(tokens, targets)  # type: ignore[no-any-return]
+
+                compressor = compress_activations(model, policy or ActPolicy(default=KEEP))
+                if policy is not None and isinstance(policy.default, RunningSpec):
+                    warm_up(compressor, model, source, length, precision)
+                found = gradient_error(model, loss_of, compressor)
+                assert found.loss_is_equal, f"{name} changed forward"
+                report = compressor.report()
+                totals.append(report.bytes_after / 1e6)
+                errors.append(found.total)
+                worst.append(found.worst)
+            bench.row(precision, name, "saved", "MB", totals)
+            if policy is not None:
+                exact = bytes_of[f"{precision} exact"]
+                bench.row(precision, name, "saved_vs_exact", "ratio", [total / exact for total in totals])
+                bench.row(precision, name, "gradient_error", "ratio", errors)
+                bench.row(precision, name, "gradient_error_worst_parameter", "ratio", worst)
+            bytes_of[f"{precision} {name}"], error_of[f"{precision} {name}"] = (
+                statistics.median(totals),
+                statistics.median(errors),
+            )
+    own = amp_error(model, batches)
+    bench.row("amp", "bf16 autocast itself", "gradient_error", "ratio", own)
+    bench.goal("int8_bytes_vs_bf16", 0.55, bytes_of["amp int8"] / bytes_of["amp exact"])
+    bench.goal("mixed_bytes_vs_bf16", 0.40, bytes_of["amp mixed int4/int8"] / bytes_of["amp exact"])
+    bench.goal("int8_error_vs_amp", 1.0, error_of["amp int8"] / statistics.median(own))
+
+
+def warm_up(compressor: Any, model: GPT, source: torch.Tensor, length: int, precision: str) -> None:
+    """Four batches for the running ranges to settle on, then the counters start again."""
+    generator = torch.Generator().manual_seed(55)
+    for _ in range(4):
+        tokens, targets = batch(source, 1, length, generator)
+        with compressor, torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
+            model(tokens, targets)
+    compressor.stats.reset()
+
+
+def amp_error(model: GPT, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    errors = []
+    for tokens, targets in batches:
+        grads = []
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = model(tokens, targets)
+            grads.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))]))
+        errors.append(float((grads[1] - grads[0]).norm() / grads[0].norm()))
+    return errors
+
+
+def loss_curves(bench: Bench, *, quick: bool) -> None:
+    """Three seeds of 300 steps; what counts is the mean loss of the last 50 against the spread between seeds of exact runs."""
+    source = text()
+    seeds, steps, tail = ((0,), 10, 5) if quick else ((0, 1, 2), 300, 50)
+    names = ("exact", "mesa as published", "int8", "mixed int4/int8")
+    last: dict[str, list[float]] = {name: [] for name in names}
+    for seed in seeds:
+        for name in names:
+            torch.manual_seed(seed)
+            model = GPT(128, 4, 2, 128)
+            policy = POLICIES[name]
+            context = None if policy is None else compress_activations(model, policy, seed=seed)
+            losses = train(model, source, steps, seed + 10, context, 128)
+            last[name].append(statistics.mean(losses[-tail:]))
+    for name in names:
+        bench.row("loss", name, f"mean of last {tail} of {steps}", "nats", last[name])
+    noise = max(last["exact"]) - min(last["exact"])
+    bench.row("loss", "exact", "range over seeds", "nats", [noise])
+    for name in names[1:]:
+        shifts = [a - b for a, b in zip(last[name], last["exact"], strict=True)]
+        bench.row("loss", name, "shift from exact, same seed", "nats", shifts)
+
+
+def chunked(bench: Bench, *, quick: bool) -> None:
+    """Four chunks; earlier chunks' K and V packed."""
+    length = 256 if quick else 1024
+    torch.manual_seed(0)
+    source, model = text(), GPT(256, 4, 4, length)
+    train(model, source, 5 if quick else 150, 1, None, min(length, 128))
+    tokens, targets = batch(source, 1, length, torch.Generator().manual_seed(77))
+    chunk = length // 4
+    pieces = [(tokens[:, i : i + chunk], targets[:, i : i + chunk], i) for i in range(0, length, chunk)]
+
+    def gradients() -> torch.Tensor:
+        found = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found
+
+    model.zero_grad()
+    (4 * model(tokens, targets)).backward()
+    exact = gradients()
+    specs = {
+        "exact": KVSpec(key=None, value=None),
+        "int8": KVSpec(key=INT8, value=INT8),
+        "int4, KIVI layout": KVSpec(),
+        "mxfp8": KVSpec(key=MXFP8, value=MXFP8),
+    }
+    for name, spec in specs.items():
+        result = chunked_backward(
+            lambda piece, context: model(piece[0], piece[1], piece[2], context), pieces, ChunkKVStore(spec)
+        )
+        error = float((gradients() - exact).norm() / exact.norm())
+        newest = result.kv_exact_bytes / 4
+        past = (result.kv_bytes - newest) / (result.kv_exact_bytes - newest)
+        bench.row("chunked", name, "gradient_error", "ratio", [error])
+        bench.row("chunked", name, "past_kv_bytes_vs_fp32", "ratio", [past])
+        if name.startswith("int4"):
+            bench.goal("kv_int4_error", 1e-2, error)
+            bench.goal("kv_int4_bytes_vs_bf16", 0.30, 2 * past)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+def bandwidth(bench: Bench, *, quick: bool) -> None:
+    """Bytes read and written by second against a device-to-device copy of the same tensor, interleaved."""
+    n = 1 << (26 if quick else 29)
+    x = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+    target = torch.empty_like(x)
+    specs = {"int8 block 64": INT8, "int4 asymmetric block 64": INT4, "mxint8": MXINT8, "mxfp8": MXFP8}
+    packed = {name: quantize(x, spec) for name, spec in specs.items()}
+    jobs: dict[str, tuple[Callable[[], object], int]] = {"copy": (lambda: target.copy_(x), 2 * x.nbytes)}
+    for name, spec in specs.items():
+        moved = x.nbytes + packed[name].nbytes
+        jobs[f"quantize {name}"] = (lambda spec=spec: quantize(x, spec), moved)  # type: ignore[misc]
+        jobs[f"dequantize {name}"] = (lambda name=name: dequantize(packed[name]), moved)  # type: ignore[misc]
+    speeds: dict[str, list[float]] = {name: [] for name in jobs}
+    for round_ in range(3 + (5 if quick else 15)):
+        for name, (job, moved) in jobs.items():
+            seconds = timed(job)
+            if round_ >= 3:
+                speeds[name].append(moved / seconds / 1e9)
+    for name, values in speeds.items():
+        bench.row("bandwidth", name, "moved", "GB/s", values)
+        if name != "copy":
+            share = [a / b for a, b in zip(values, speeds["copy"], strict=True)]
+            bench.row("bandwidth", name, "vs copy", "ratio", share)
+    for kind in ("quantize", "dequantize"):
+        share = [a / b for a, b in zip(speeds[f"{kind} int8 block 64"], speeds["copy"], strict=True)]
+        bench.goal(f"{kind}_int8_vs_copy", 0.8, statistics.median(share), at_most=False)
+
+
+def timed(job: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    job()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+class LlamaBlock(nn.Module):
+    """One layer of Llama-3-8B: RMSNorm, grouped attention of 32 query and 8 key heads, SwiGLU of 14336."""
+
+    def __init__(self, width: int = 4096, heads: int = 32, kv_heads: int = 8, hidden: int = 14336) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, width // heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(width, 2 * kv_heads * self.head_dim, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate, self.up = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, t, d = x.shape
+        h = self.norm1(x)
+        q = self.q(h).view(b, t, self.heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(h).view(b, t, 2, self.kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(a.transpose(1, 2).reshape(b, t, d))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))  # type: ignore[no-any-return]
+
+
+class Stack(nn.Module):
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(LlamaBlock() for _ in range(layers))
+        self.checkpointed: str | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            if self.checkpointed is None:
+                x = block(x)
+            else:
+                kwargs = {} if self.checkpointed == "full" else {"context_fn": selective}
+                x = checkpoint(block, x, use_reentrant=False, **kwargs)
+        return x.float().square().mean()
+
+
+def selective() -> Any:
+    """torch's selective checkpointing: keep matrix products and attention, recompute the rest."""
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    ops = torch.ops.aten
+    kept = [ops.mm.default, ops._scaled_dot_product_flash_attention.default, ops._scaled_dot_product_cudnn_attention.default]
+    return create_selective_checkpoint_contexts(kept)
+
+
+@contextlib.contextmanager
+def system(name: str, model: Stack) -> Iterator[AbstractContextManager[object]]:
+    model.checkpointed = {"full checkpointing": "full", "selective checkpointing": "selective"}.get(name)
+    model.checkpointed = "full" if name.startswith("checkpointing + ") else model.checkpointed
+    if name == "offload (save_on_cpu)":
+        yield torch.autograd.graph.save_on_cpu(pin_memory=True)
+    elif name in ("plain", "full checkpointing", "selective checkpointing"):
+        yield nullcontext()
+    else:
+        policy = (
+            mixed_policy() if "mixed" in name else ActPolicy(default=INT4, attention=INT4) if "int4" in name else ActPolicy()
+        )
+        yield compress_activations(model, policy, offload="cpu" if "offload" in name else None)
+    model.checkpointed = None
+
+
+SYSTEMS = (
+    "plain",
+    "int8",
+    "mixed int4/int8",
+    "int4 + rebuilt attention",
+    "selective checkpointing",
+    "full checkpointing",
+    "checkpointing + int8 boundaries",
+    "offload (save_on_cpu)",
+    "int8 + offload",
+)
+
+
+def one_step(model: Stack, x: torch.Tensor, context: AbstractContextManager[object]) -> None:
+    with context:
+        loss = model(x)
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+def block_stack(bench: Bench, *, quick: bool) -> None:
+    """Forward and backward of four Llama-3-8B layers in bfloat16, equal batch for all."""
+    model = Stack(4).to("cuda", torch.bfloat16)
+    x = torch.randn(1, 4096 if quick else 16384, 4096, device="cuda", dtype=torch.bfloat16)
+    tokens = x.shape[1]
+    held = torch.cuda.memory_allocated()
+    seconds: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+    for name in SYSTEMS:
+        with system(name, model) as context:
+            try:
+                for round_ in range(2 + (2 if quick else 5)):
+                    torch.cuda.reset_peak_memory_stats()
+                    took = timed(lambda context=context: one_step(model, x, context))  # type: ignore[misc]
+                    if round_ >= 2:
+                        seconds[name].append(took)
+                peak = torch.cuda.max_memory_allocated() - held
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                bench.absent("llama stack", name, "step", "ms", str(error).splitlines()[0])
+                continue
+        bench.row("llama stack", name, "step", "ms", [s * 1e3 for s in seconds[name]])
+        bench.row(
+            "llama stack", name, "step vs plain", "ratio", [s / statistics.median(seconds["plain"]) for s in seconds[name]]
+        )
+        bench.row("llama stack", name, "peak above weights", "GiB", [peak / 2**30])
+        bench.row("llama stack", name, "peak per token-layer", "KiB", [peak / 2**10 / tokens / 4])
+        torch.cuda.empty_cache()
+
+
+def longest_sequence(bench: Bench, *, quick: bool) -> None:
+    """The longest sequence, in steps of 8192 tokens, whose step fits in 40 GiB with four layers."""
+    if quick:
+        return
+    model = Stack(4).to("cuda", torch.bfloat16)
+    limit = 40 * 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+
+    def fits(name: str, tokens: int) -> bool:
+        torch.cuda.empty_cache()
+        try:
+            x = torch.randn(1, tokens, 4096, device="cuda", dtype=torch.bfloat16)
+            with system(name, model) as context:
+                one_step(model, x, context)
+        except torch.OutOfMemoryError:
+            model.zero_grad(set_to_none=True)
+            return False
+        return True
+
+    for name in ("plain", "int8", "mixed int4/int8", "full checkpointing", "checkpointing + int8 boundaries"):
+        low, high = 0, 64  # in units of 8192 tokens
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(name, middle * 8192) else (low, middle)
+        bench.row("longest sequence", name, "tokens in 40 GiB", "tokens", [low * 8192])
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of progress alone")
+    parser.add_argument("--quick", action="store_true", help="smaller and fewer, to see that it runs; not to be quoted")
+    parser.add_argument("--gpu", action="store_true", help="measure on a CUDA device instead of the CPU")
+    options = parser.parse_args()
+    bench, start = Bench(), time.perf_counter()
+    if options.gpu and not torch.cuda.is_available():
+        for case in ("bandwidth", "llama stack", "longest sequence"):
+            bench.absent(case, "holdfast", "", "", "unmeasured: no CUDA device here")
+    elif options.gpu:
+        for part in (bandwidth, block_stack, longest_sequence):
+            part(bench, quick=options.quick)
+    else:
+        for part in (bytes_and_errors, chunked, loss_curves):
+            part(bench, quick=options.quick)
+    say(f"{time.perf_counter() - start:.0f} s")
+    bench.show(as_json=options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Which saved tensor is stored how: rules by module name and operation, with safe answers where no rule speaks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from holdfast.errors import ConfigError
+from holdfast.kernels.quant import INT4, INT8, QuantSpec, RunningSpec
+
+Action = QuantSpec | RunningSpec | Literal["keep"]
+
+KEEP: Literal["keep"] = "keep"
+HEADS = "*lm_head|lm_head|*.head|head|*unembed*|*output_projection|classifier"
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """`action` for tensors saved inside modules matching `module` by operations matching `op`; shell patterns, `|` for or."""
+
+    module: str = "*"
+    op: str = "*"
+    action: Action
+
+    def matches(self, module: str, op: str) -> bool:
+        return _matches(self.module, module) and _matches(self.op, op)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ActPolicy:
+    """The first rule that matches decides; then the built-in rules; then `default`.
+
+    Built in: what a loss saves and what enters the output head stay exact (at int8 they alone caused four fifths of the
+    gradient error of a small GPT). Attention's q, k, v and out are never stored below 8 bits next to an exact logsumexp,
+    because backward's row sums then grow exponentially with the error of the logits; set `attention` to a spec of fewer bits
+    to have `scaled_dot_product_attention` replaced by `compressed_sdpa`, which rebuilds the logsumexp from what it stored.
+
+    Tensors below `min_bytes` stay exact.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    default: Action = INT8
+    attention: QuantSpec | None = None
+    min_bytes: int | str = "16KiB"
+    keep_heads: bool = True
+    keep_losses: bool = True
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.min_bytes)
+
+    def action(self, module: str, op: str) -> Action:
+        """What to do with a tensor that `op` saves inside the module of that dotted name (empty: outside of all)."""
+        for rule in self.rules:
+            if rule.matches(module, op):
+                return _safe_for_attention(rule.action, op)
+        is_head = op == "output_head" or _matches(HEADS, module)
+        if (self.keep_losses and is_loss(op)) or (self.keep_heads and is_head):
+            return KEEP
+        return _safe_for_attention(self.default, op)
+
+
+def mixed_policy(*, attention: QuantSpec = INT8, rest: QuantSpec = INT4) -> ActPolicy:
+    """int4 for norms, linear layers and activations, int8 for attention: 5.1 times smaller than fp32 at 1.2e-2 gradient error
+    on a 4-layer GPT (2 CPU cores)."""
+    return ActPolicy(rules=(Rule(op="*attention*|*attn*|softmax", action=attention),), default=rest)
+
+
+def is_attention(op: str) -> bool:
+    return "scaled_dot_product" in op or "attention" in op or "flash_attn" in op
+
+
+def is_loss(op: str) -> bool:
+    return op.endswith("_loss") or "cross_entropy" in op or op in ("log_softmax", "logsumexp", "kl_div")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes from a number or from text like "256KiB". Raises ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f'a size is a number of bytes or text like "256KiB" or "24GiB"; got {size!r}')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _safe_for_attention(action: Action, op: str) -> Action:
+    if isinstance(action, QuantSpec) and action.bits < 8 and is_attention(op):
+        return INT8
+    return action
+
+
+def _matches(patterns: str, name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns.split("|"))

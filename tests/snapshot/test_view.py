@@ -1,0 +1,86 @@
+"""Membership and records: plain values that survive JSON, and groups that leave no node alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from holdfast.coding.groups import group_sizes
+from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, View, effective_parity, groups, stride
+
+numbers = st.integers(0, 2**50)
+rank_records = st.builds(RankRecord, numbers, numbers, numbers, numbers, numbers)
+node_records = st.builds(NodeRecord, numbers, st.lists(rank_records, max_size=3).map(tuple))
+group_records = st.builds(
+    GroupRecord, numbers, numbers, st.integers(0, 1), numbers, st.integers(0, 3), st.lists(node_records, max_size=4).map(tuple)
+)
+members = st.builds(
+    Member, numbers, st.text(), st.text(), numbers, st.text(), st.text(), st.lists(numbers, max_size=4).map(tuple)
+)
+views = st.builds(
+    View,
+    job=st.text(),
+    epoch=numbers,
+    world=numbers,
+    members=st.lists(members, min_size=1, max_size=3).map(tuple),
+    parity=numbers,
+    group_size=numbers,
+    every=numbers,
+    checkpoint_every=numbers,
+    checkpoints=st.none() | st.text(),
+    committed=numbers,
+    index=st.integers(0, 1),
+    protected=st.booleans(),
+    in_memory=st.booleans(),
+)
+
+
+@given(st.one_of(rank_records, node_records, group_records, members, views))
+def test_records_come_back_from_json_equal_and_hashable(record: View | GroupRecord | Member) -> None:
+    found = type(record).from_json(json.loads(json.dumps(record.to_json())))
+    assert found == record
+    assert hash(found) == hash(record)
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=40, unique=True).map(sorted).map(tuple), st.integers(1, 9))
+def test_groups_split_the_nodes_in_order_and_leftovers_join_the_last(nodes: tuple[int, ...], size: int) -> None:
+    found = groups(nodes, size)
+    assert sum(found, ()) == nodes
+    assert tuple(map(len, found)) == group_sizes(len(nodes), size)
+    assert all(size <= len(group) < 2 * size for group in found) or len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "lengths"),
+    [(1, 4, [1]), (3, 4, [3]), (4, 4, [4]), (7, 4, [7]), (8, 4, [4, 4]), (9, 4, [4, 5]), (3, 1, [1, 1, 1])],
+)
+def test_groups_of_known_clusters(count: int, size: int, lengths: list[int]) -> None:
+    assert [len(group) for group in groups(tuple(range(count)), size)] == lengths
+
+
+@given(st.integers(0, 5), st.integers(1, 9))
+def test_a_group_keeps_at_least_one_node_of_data(parity: int, members: int) -> None:
+    found = effective_parity(parity, members)
+    assert 0 <= found <= parity
+    assert found < members
+    assert found in (parity, members - 1)
+
+
+@given(group_records.filter(lambda group: len(group.records) > group.parity))
+def test_a_node_fits_into_its_blocks(group: GroupRecord) -> None:
+    for record in group.records:
+        assert record.nbytes == sum(stride(rank) for rank in record.ranks)
+        assert record.nbytes <= group.block_nbytes * group.layout.k
+    assert group.block_nbytes % 64 == 0
+
+
+def test_a_view_knows_its_coordinator_its_members_and_their_groups() -> None:
+    members = tuple(Member(node, "h", "a", 1, "t", "m", (node,)) for node in (3, 5, 7, 9, 11))
+    view = View("job", 1, 5, members, 1, 2, 1, 0, None, 0, 1, True, False)
+    assert view.coordinator == 3
+    assert view.member(7) is members[2]
+    assert view.group_of(3) == (3, 5)
+    assert view.group_of(11) == (7, 9, 11)
