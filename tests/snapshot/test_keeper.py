@@ -226,7 +226,7 @@ def test_a_survivor_whose_memory_is_damaged_cannot_pass_off_wrong_bytes(start: C
     assert plan is not None
     (rebuild,) = plan.rebuilds
     victim = cluster.keepers[0].slots[slot_name(0, plan.index)]
-    victim.body[:3000] = bytes(3000)
+    victim.body[: victim.header.payload_nbytes] = bytes(victim.header.payload_nbytes)
     cluster.keepers[1].close()
     cluster.keepers[1] = Keeper("job", 1, cluster.places[1])
     survivors = [cluster.keepers[node].member.to_json() for node in (0, 2)]
