@@ -158,11 +158,17 @@ class Capturer:
             logger.error("rank %d: snapshot of step %d could not begin: %s", self.rank, step, error)
             self.stats.failed += 1
             self._queue.put((step, "failed"))
+        except Exception:  # a `state_dict` of the user's that raises costs a snapshot, and never the training
+            logger.exception("rank %d: snapshot of step %d could not begin", self.rank, step)
+            self.stats.failed += 1
+            self._queue.put((step, "failed"))
 
     def _shoot(self, step: int, index: int) -> _Shot:
         rng = rng_states()  # first: nothing may draw random numbers before their state is read
         plan = self.plan()
         objects = self.state.texts()
+        if self.state.others_have_arrays:
+            plan = self._new_plan(self.state.signature())
         eager = [(part, source_of(part).to("cpu", copy=True)) for part in plan.parts if not part.held.lazy]
         ready = None
         if torch.cuda.is_available() and any(part.held.tensor.is_cuda for part in plan.parts):
@@ -175,8 +181,12 @@ class Capturer:
     def plan(self) -> CapturePlan:
         """The plan for the state as it is now; computed anew only when something has changed."""
         signature = self.state.signature()
-        if self._plan is None or self.state.others_have_arrays or not self._plan.is_current(signature):
-            self._plan = plan_capture(self.state.held(), self.rank, signature)
+        if self._plan is None or not self._plan.is_current(signature):
+            return self._new_plan(signature)
+        return self._plan
+
+    def _new_plan(self, signature: tuple[int, ...]) -> CapturePlan:
+        self._plan = plan_capture(self.state.held(), self.rank, signature)
         return self._plan
 
     def fence(self) -> None:
@@ -210,8 +220,10 @@ class Capturer:
                 self.stats.failed += 1
                 logger.exception("rank %d: a snapshot failed; training goes on", self.rank)
             finally:
-                self._copied.set()
-                self._idle.set()
+                # Not after a refusal: a capture begun meanwhile waits in the queue, and its fence has to stay down.
+                if isinstance(item, _Shot):
+                    self._copied.set()
+                    self._idle.set()
 
     def _take(self, shot: _Shot) -> None:
         crash_point("capture.begun")
@@ -307,6 +319,11 @@ def _changed(shot: _Shot, body: memoryview) -> str | None:
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    flat = local_part(tensor).reshape(-1) if tensor.is_contiguous() else local_part(tensor)[:1].reshape(-1)
-    picked = flat[:: max(1, flat.numel() // SAMPLES)].cpu()
-    return picked.contiguous().view(torch.uint8)  # compared as bytes: NaN equals itself, and 0.0 is not -0.0
+    local = local_part(tensor)
+    every = max(1, local.numel() // SAMPLES)
+    if local.is_contiguous():
+        picked = local.reshape(-1)[::every]
+    else:  # the same elements in row-major order, without a copy of the whole
+        places = torch.arange(0, local.numel(), every, device=local.device)
+        picked = local[torch.unravel_index(places, local.shape)]
+    return picked.cpu().contiguous().view(torch.uint8)  # compared as bytes: NaN equals itself, and 0.0 is not -0.0
