@@ -1,4 +1,4 @@
-"""What is done with checkpoints afterwards: compare, and remove."""
+"""What is done with checkpoints afterwards: compare, remove, repair."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from holdfast import ckpt
 from holdfast.ckpt.difference import diff
 from holdfast.ckpt.pruning import Retention, prune
-from holdfast.errors import ConfigError
+from holdfast.ckpt.repairing import repair
+from holdfast.errors import ConfigError, LayoutMismatch
 from tests.ckpt.saving import Sample, model, save
 
 # -- diff --------------------------------------------------------------------------------------------------------------
@@ -114,3 +115,79 @@ def test_the_newest_is_never_removed():
         Retention(last=0)
     with pytest.raises(ConfigError, match="1 or more"):
         Retention(every=0)
+
+
+# -- repair ------------------------------------------------------------------------------------------------------------
+
+WIDE = Sample.random("model/wide", "float32", (4000, 60))
+UNEVEN = Sample.random("model/uneven", "int16", (900, 50))
+
+
+@pytest.fixture
+def twins(tmp_path) -> tuple[Path, Path]:
+    """One step, saved twice from different layouts."""
+    samples = [WIDE, UNEVEN, *model()]
+    save(tmp_path / "one", samples, {"model/wide": ((0, 3),), "model/uneven": ((1, 4),)}, step=8)
+    save(tmp_path / "two", samples, {"model/wide": ((1, 2),), "model/uneven": ((0, 2),)}, step=8)
+    return tmp_path / "one", tmp_path / "two"
+
+
+def spoil(root: Path, file: str, at: int = 1000, length: int = 3) -> None:
+    with open(root / "step-00000008" / file, "r+b") as opened:
+        opened.seek(at)
+        data = opened.read(length)
+        opened.seek(at)
+        opened.write(bytes(byte ^ 0xFF for byte in data))
+
+
+SPOILED = {
+    "data": lambda root: spoil(root, "model/wide/c/0/0", 400_000),
+    "a strip with padding": lambda root: spoil(root, "model/uneven/c/0/0", 80_000),
+    "both ends of a block": lambda root: spoil(root, "model/wide/c/0/0", 32_760, 20),
+    "the shard index": lambda root: spoil(
+        root, "model/uneven/c/0/0", (root / "step-00000008/model/uneven/c/0/0").stat().st_size - 5
+    ),
+    "a truncated file": lambda root: (root / "step-00000008/model/wide/c/0/0").write_bytes(
+        (root / "step-00000008/model/wide/c/0/0").read_bytes()[:500_000]
+    ),
+    "a missing file": lambda root: (root / "step-00000008/model/wide/c/0/0").unlink(),
+    "an array's document": lambda root: (root / "step-00000008/model/wide/zarr.json").unlink(),
+    "a group's document": lambda root: (root / "step-00000008/model/zarr.json").write_text("{}"),
+    "layout.json": lambda root: (root / "step-00000008/_holdfast/layout.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_replica_of_another_layout_repairs(twins, what):
+    one, two = twins
+    sound = {path.relative_to(one): path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    SPOILED[what](one)
+    dry = repair(one, two, dry_run=True)
+    assert dry.files
+    assert not dry.lost
+    repaired = repair(one, two)
+    assert (repaired.files, repaired.lost) == (dry.files, ())
+    assert ckpt.open_checkpoint(one).verify().is_whole
+    assert {path.relative_to(one): path.read_bytes() for path in one.rglob("*") if path.is_file()} == sound
+
+
+def test_what_is_damaged_in_both_stays_lost_and_the_rest_is_repaired(twins):
+    one, two = twins
+    spoil(one, "model/wide/c/0/0", 0)
+    spoil(one, "model/wide/c/0/0", 900_000)
+    spoil(two, "model/wide/c/0/0", 0)
+    assert len(repair(one, two, dry_run=True).lost) == 1
+    repaired = repair(one, two)
+    assert repaired.blocks == 1
+    assert [damage.byte_offset for damage in repaired.lost] == [0]
+
+
+def test_another_checkpoint_is_no_replica(twins, tmp_path):
+    one, _ = twins
+    spoil(one, "model/wide/c/0/0")
+    save(tmp_path / "other", model(), step=8)
+    with pytest.raises(LayoutMismatch, match="holds other arrays"):
+        repair(one, tmp_path / "other")
+    changed_wide = changed(WIDE, {4: 1.0})
+    save(tmp_path / "drifted", [changed_wide, UNEVEN, *model()], step=8)
+    assert len(repair(one, tmp_path / "drifted").lost) == 1  # its bytes are sound, but not the ones that were saved

@@ -322,3 +322,12 @@ def test_convert_goes_there_and_back(run, tmp_path, capsys):
     assert call("diff", run, tmp_path / "again", "--only", "model/*", "--json") == 1  # the objects of the ranks are not in it
     assert json.loads(capsys.readouterr().out)["changed"] == []
     assert call("convert", tmp_path / "nope", tmp_path / "x") == 3
+
+
+def test_repair_ends_with_4_when_it_could_and_0_when_it_did(run, saved, capsys):
+    flip(run)
+    assert call("repair", run, "--replica", saved, "--dry-run") == 4
+    assert call("repair", run, "--replica", saved) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "model/large.weight/c/0/0"
+    assert call("verify", run) == 0
+    assert call("repair", run, "--replica", run / "nope") == 3
