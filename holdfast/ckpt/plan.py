@@ -25,6 +25,12 @@ class WritePlan:
     step: int
     arrays: dict[str, ArrayLayout]
     layout: dict[str, Any] = field(default_factory=dict)
+    part_of: str | None = None
+    """For a part of a plan: the digest of the whole."""
+
+    def part(self, names: Iterable[str]) -> WritePlan:
+        """The plan for some arrays: all that a writer of these needs, and small enough to send."""
+        return WritePlan(self.step, {name: self.arrays[name] for name in names}, part_of=self.digest)
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +47,8 @@ class WritePlan:
     @cached_property
     def digest(self) -> str:
         """Equal on all ranks exactly when their plans are: 16 bytes to compare instead of gathering plans."""
+        if self.part_of is not None:
+            return self.part_of
         documents = {name: array_document(array) for name, array in self.arrays.items()}
         text = json.dumps([self.step, documents, self.layout], sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -61,6 +61,9 @@ class CapturePlan:
     parts: tuple[Part, ...]
     table: FragmentTable
     nbytes: int
+    room_nbytes: int
+    """What the slot needs: the payload, and twice the table, which grows when CRCs are filled in."""
+
     layout: str
     signature: tuple[int, ...]
 
@@ -78,8 +81,9 @@ def plan_capture(held: list[Held], rank: int, signature: tuple[int, ...] = ()) -
             parts.append(Part(item, box, offset, nbytes))
             offset += aligned(nbytes)
     table = FragmentTable.from_rows(_row(part, rank) for part in parts)
-    layout = hashlib.blake2b(table.to_bytes(), digest_size=16).hexdigest()
-    return CapturePlan(tuple(parts), table, offset, layout, signature)
+    encoded = table.to_bytes()
+    layout = hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    return CapturePlan(tuple(parts), table, offset, offset + 2 * len(encoded), layout, signature)
 
 
 def _row(part: Part, rank: int) -> Fragment:
@@ -223,7 +227,7 @@ class Capturer:
 
     def _take(self, shot: _Shot) -> None:
         crash_point("capture.begun")
-        body = self.link.body(shot.index, shot.plan.nbytes)
+        body = self.link.body(shot.index, shot.plan.room_nbytes)
         self._copy(shot, body)
         changed = _changed(shot, body)
         self._copied.set()

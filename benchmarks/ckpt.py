@@ -1,0 +1,424 @@
+"""How fast checkpoints are written, read, cut and captured, beside plain files and beside the libraries one would otherwise use.
+
+    python benchmarks/ckpt.py [--json] [--quick]
+
+The state is 1 GB of float32 in 40 tensors (two of 32000×1024, 28 of 2560×2560, ten of 2560). A save counts until every file is
+fsynced; a load is with the page cache warm, into buffers that exist. `2 ranks` are two processes with gloo, FSDP2's layout; the
+resharded load wants each rank's half of the columns. Stall is the time that the training thread waits for an asynchronous save:
+in the call, and before the optimizer's step, with half a second of matmul in between.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import zarr
+from _harness import Report, arguments, ratios, rounds, say
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from holdfast import ckpt, events
+from holdfast.arrays import Box, Fragment, FragmentTable
+from holdfast.ckpt.dcp import UniversalReader, UniversalWriter
+from holdfast.coding import crc32c
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PACKAGES = ["torch", "numpy", "zarr", "pyarrow", "safetensors", "tensorstore", "torch-checkpointing"]
+REPORT = Report()
+NO_TC = "0.1.1 opens O_DIRECT with unaligned buffers and fails on ext4 (EINVAL)"
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    scale, n = (4, 2) if options.quick else (1, 5)
+    directory = Path(tempfile.mkdtemp(prefix="holdfast-bench-"))
+    try:
+        two_ranks(directory, scale, n)  # first: it forks, and this process has no threads yet
+        torch.manual_seed(0)
+        state = {name: torch.randn(shape) for name, shape in shapes(scale)}
+        saves(directory, state, n)
+        loads(directory, state, n)
+        slices(directory, scale)
+        asynchronous(directory, state, n)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    REPORT.show(as_json=options.json, packages=PACKAGES)
+
+
+def shapes(scale: int) -> list[tuple[str, tuple[int, ...]]]:
+    wide = [(f"embedding.{number}", (32000 // scale, 1024)) for number in range(2)]
+    square = [(f"layers.{number}.weight", (2560 // scale, 2560)) for number in range(28)]
+    return wide + square + [(f"layers.{number}.norm", (2560,)) for number in range(10)]
+
+
+def nbytes_of(state: dict[str, torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def view(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+# -- ours, without torch's planner -------------------------------------------------------------------------------------
+
+
+def table_of(state: dict[str, torch.Tensor]) -> FragmentTable:
+    """As a keeper has it: one process, every array whole, checksums known since the capture."""
+    return FragmentTable.from_rows(
+        Fragment(f"model/{name}", "float32", (*t.shape,), (0,) * t.dim(), (*t.shape,), 0, 0, t.nbytes, crc32c(view(t)))
+        for name, t in state.items()
+    )
+
+
+def save_ours(root: Path, table: FragmentTable, state: dict[str, torch.Tensor]) -> None:
+    plan = ckpt.plan_write(table, step=1)
+    directory = ckpt.begin(root, plan, "bench")
+    ckpt.write_fragments(directory, plan, 0, table, lambda row: view(state[row.array.removeprefix("model/")]))
+    ckpt.commit(root, directory, plan, nodes=[0], objects={0: {}})
+
+
+# -- save --------------------------------------------------------------------------------------------------------------
+
+
+def save_raw(place: Path, state: dict[str, torch.Tensor], threads: int) -> None:
+    place.mkdir()
+
+    def one(item: tuple[str, torch.Tensor]) -> None:
+        with open(place / item[0], "wb") as file:
+            file.write(view(item[1]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, state.items()))
+
+
+def save_zarr(place: Path, state: dict[str, torch.Tensor]) -> None:
+    group = zarr.open_group(str(place), mode="w")
+    for name, tensor in state.items():
+        array = group.create_array(
+            name, shape=tuple(tensor.shape), dtype="float32", chunks=tuple(tensor.shape), compressors=None
+        )
+        array[...] = tensor.numpy()
+    sync_tree(place)
+
+
+def save_safetensors(place: Path, state: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    place.mkdir()
+    save_file(state, place / "model.safetensors")
+    sync_tree(place)
+
+
+def save_tensorstore(place: Path, state: dict[str, torch.Tensor]) -> None:
+    import tensorstore
+
+    for name, tensor in state.items():
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(place / name)}}
+        store = tensorstore.open(spec, create=True, dtype="float32", shape=tuple(tensor.shape)).result()
+        store[...] = tensor.numpy()
+    sync_tree(place)
+
+
+def sync_tree(place: Path) -> None:
+    for path in place.rglob("*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def saves(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
+    table, number = table_of(state), count()
+
+    def fresh(save: Callable[[Path], None]) -> Callable[[], None]:
+        def run() -> None:
+            save(directory / f"save-{next(number)}")
+
+        return run
+
+    systems: dict[str, Callable[[], object]] = {
+        "raw write+fsync": fresh(partial(save_raw, state=state, threads=1)),
+        "raw, 2 threads": fresh(partial(save_raw, state=state, threads=2)),
+        "holdfast": fresh(partial(save_ours, table=table, state=state)),
+        "dcp.save": fresh(lambda place: dcp.save(state, checkpoint_id=place)),
+        "dcp.save, UniversalWriter": fresh(lambda place: dcp.save(state, storage_writer=UniversalWriter(place))),
+        "zarr-python": fresh(partial(save_zarr, state=state)),
+    }
+    systems |= {"safetensors": fresh(partial(save_safetensors, state=state))} if has("safetensors") else {}
+    systems |= {"tensorstore": fresh(partial(save_tensorstore, state=state))} if has("tensorstore") else {}
+    seconds = timed("save", systems, n, nbytes_of(state), clean=lambda: [shutil.rmtree(p) for p in directory.glob("save-*")])
+    REPORT.absent("save", "torch-checkpointing", "time", "s", NO_TC)
+    REPORT.goal("save_vs_raw", 1.15, statistics.median(ratios(seconds["holdfast"], seconds["raw write+fsync"])), at_most=True)
+
+
+def timed(
+    case: str, systems: dict[str, Callable[[], object]], n: int, nbytes: int, clean: Callable[[], object] | None = None
+) -> dict[str, list[float]]:
+    """Rounds of all systems; with `clean`, what a run left is removed and flushed before the next one, off the clock."""
+    say(f"{case}: {', '.join(systems)}")
+    if clean is None:
+        seconds = rounds(systems, n)
+    else:
+        seconds = {name: [] for name in systems}
+        for number in range(n + 1):
+            for name in systems if number % 2 else reversed(systems):
+                os.sync()
+                started = time.perf_counter()
+                systems[name]()
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+                clean()
+    for name, values in seconds.items():
+        REPORT.row(case, name, "time", "s", values)
+        REPORT.row(case, name, "speed", "GB/s", [nbytes / value / 1e9 for value in values])
+    return seconds
+
+
+def has(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+# -- load --------------------------------------------------------------------------------------------------------------
+
+
+def loads(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
+    save_ours(directory / "ours", table_of(state), state)
+    dcp.save(state, checkpoint_id=directory / "dcp")
+    save_raw(directory / "raw", state, 1)
+    save_zarr(directory / "zarr", state)
+    targets = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+    def memcpy() -> None:
+        for name, tensor in state.items():
+            targets[name].copy_(tensor)
+
+    def pread() -> None:
+        for name, tensor in targets.items():
+            fd, done, out = os.open(directory / "raw" / name, os.O_RDONLY), 0, view(tensor)
+            while done < len(out):
+                done += os.preadv(fd, [out[done:]], done)
+            os.close(fd)
+
+    def ours() -> None:
+        checkpoint = ckpt.open_checkpoint(directory / "ours")
+        checkpoint.read_boxes(
+            (f"model/{name}", Box.whole(tuple(tensor.shape)), view(tensor)) for name, tensor in targets.items()
+        )
+
+    def zarr_python() -> None:
+        group = zarr.open_group(str(directory / "zarr"), mode="r")
+        for name, tensor in targets.items():
+            tensor.copy_(torch.from_numpy(group[name][...]))
+
+    systems: dict[str, Callable[[], object]] = {
+        "memcpy": memcpy,
+        "pread": pread,
+        "holdfast": ours,
+        "dcp.load": lambda: dcp.load(targets, checkpoint_id=directory / "dcp"),
+        "zarr-python": zarr_python,
+    }
+    if has("safetensors"):
+        from safetensors import safe_open
+
+        save_safetensors(directory / "safetensors", state)
+
+        def safetensors() -> None:
+            with safe_open(directory / "safetensors/model.safetensors", "pt") as file:
+                for name, tensor in targets.items():
+                    tensor.copy_(file.get_tensor(name))
+
+        systems["safetensors"] = safetensors
+    if has("tensorstore"):
+        import tensorstore
+
+        def read_tensorstore() -> None:
+            for name, tensor in targets.items():
+                where = {"driver": "file", "path": str(directory / "ours/step-00000001/model" / name)}
+                tensor.copy_(torch.from_numpy(tensorstore.open({"driver": "zarr3", "kvstore": where}).result().read().result()))
+
+        systems["tensorstore, our files"] = read_tensorstore
+    seconds = timed("load, warm", systems, n, nbytes_of(state))
+    for tensor in targets.values():
+        tensor.zero_()
+    ours()
+    assert all(torch.equal(targets[name], tensor) for name, tensor in state.items())
+    REPORT.goal("load_vs_pread", 1.3, statistics.median(ratios(seconds["holdfast"], seconds["pread"])), at_most=True)
+    REPORT.goal("load_vs_dcp", 2.0, statistics.median(ratios(seconds["dcp.load"], seconds["holdfast"])))
+
+
+# -- slices ------------------------------------------------------------------------------------------------------------
+
+
+def slices(directory: Path, scale: int) -> None:
+    """16 slices of 1 MiB, anywhere in one array of 256 MiB; the kernel counts what was read."""
+    rows = 65536 // scale
+    state = {"wide": torch.randn(rows, 1024)}
+    save_ours(directory / "slices", table_of(state), state)
+    dcp.save(state, checkpoint_id=directory / "slices-dcp")
+    starts = np.random.default_rng(0).integers(0, rows - 256, 16).tolist()
+    checkpoint = ckpt.open_checkpoint(directory / "slices")
+    before = read_so_far()
+    for start in starts:
+        out = bytearray(1 << 20)
+        checkpoint.read_box("model/wide", Box((start, 0), (256, 1024)), out)
+        assert bytes(out) == bytes(view(state["wide"][start : start + 256].contiguous()))
+    amplification = (read_so_far() - before) / (16 << 20)
+    REPORT.row("16 slices of 1 MiB", "holdfast", "read", "×", [amplification])
+    REPORT.goal("slice_read_amplification", 1.1, amplification, at_most=True)
+
+
+def read_so_far() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+# -- two ranks ---------------------------------------------------------------------------------------------------------
+
+
+def two_ranks(directory: Path, scale: int, n: int) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    children = [context.Process(target=rank_main, args=(rank, directory, scale, n, results)) for rank in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert not any(child.exitcode for child in children)
+    for case, seconds, nbytes in results.get():
+        for name, values in seconds.items():
+            REPORT.row(case, name, "time", "s", values)
+            REPORT.row(case, name, "speed", "GB/s", [nbytes / value / 1e9 for value in values])
+        if "columns" in case:
+            REPORT.goal("reshard_load_vs_dcp", 1.5, statistics.median(ratios(seconds["dcp"], seconds["holdfast"])))
+
+
+def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    full = {name: torch.randn(shape) for name, shape in shapes(scale)}
+    rows = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in full.items()}
+    columns = {name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(t.dim() - 1)]) for name, t in full.items()}
+    nbytes = nbytes_of(full)
+    number = count()
+
+    def together(work: Callable[[], object]) -> Callable[[], object]:
+        def run() -> None:
+            dist.barrier()
+            work()
+            dist.barrier()
+
+        return run
+
+    writers = {
+        "dcp": together(lambda: dcp.save(rows, checkpoint_id=directory / f"two-{next(number)}")),
+        "holdfast": together(lambda: dcp.save(rows, storage_writer=UniversalWriter(directory / f"two-{next(number)}"))),
+    }
+    found = [("save, 2 ranks", rounds(writers, n), nbytes)]
+    dcp.save(rows, checkpoint_id=directory / "two-dcp")
+    dcp.save(rows, storage_writer=UniversalWriter(directory / "two-ours"))
+    for case, target in (("load, 2 ranks", rows), ("load columns, 2 ranks", columns)):
+        readers = {
+            "dcp": together(partial(dcp.load, target, checkpoint_id=directory / "two-dcp")),
+            "holdfast": together(
+                lambda target=target: dcp.load(target, storage_reader=UniversalReader(directory / "two-ours"))
+            ),
+        }
+        found.append((case, rounds(readers, n), nbytes))
+    for name, tensor in columns.items():
+        assert torch.equal(tensor.full_tensor(), full[name])
+    dist.barrier()
+    if rank == 0:
+        for place in directory.glob("two-*"):
+            shutil.rmtree(place)
+        results.put(found)
+    dist.barrier()
+    os._exit(0)
+
+
+# -- asynchronous ------------------------------------------------------------------------------------------------------
+
+
+def asynchronous(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
+    """The training thread's own time in an asynchronous save, against DCP with its best stager."""
+    parameters = [tensor.requires_grad_() for tensor in state.values()]
+    optimizer = torch.optim.SGD(parameters, lr=0.0)
+    live = {name: tensor.detach() for name, tensor in state.items()}
+    writer, stager, number = (
+        UniversalWriter(directory / "async"),
+        DefaultStager(StagingOptions(True, False, True, False)),
+        count(),
+    )
+    calls: dict[str, list[float]] = {"holdfast": [], "dcp, async staging": []}
+    stalls: dict[str, list[float]] = {"holdfast": [], "dcp, async staging": []}
+    matrix = torch.randn(1024, 1024)
+
+    def compute(seconds: float = 0.5) -> None:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            matrix @ matrix
+
+    def one(name: str, call: Callable[[], Any]) -> None:
+        waited: list[float] = []
+        unsubscribe = events.subscribe(
+            lambda event: waited.append(event.fields["seconds"]) if event.name == "ckpt.fenced" else None
+        )
+        started = time.perf_counter()
+        response = call()
+        called = time.perf_counter() - started
+        compute()
+        if name != "holdfast":
+            started = time.perf_counter()
+            response.staging_completion.result()
+            waited.append(time.perf_counter() - started)
+        for parameter in parameters:
+            parameter.grad = torch.zeros(1).expand(parameter.shape)
+        optimizer.step()
+        response.upload_completion.result()
+        unsubscribe()
+        calls[name].append(called)
+        stalls[name].append(called + sum(waited))
+
+    say("async: holdfast, dcp")
+    for _ in range(n + 1):
+        one("holdfast", lambda: dcp.async_save(live, storage_writer=writer))
+        place = directory / f"async-dcp-{next(number)}"
+        one("dcp, async staging", lambda place=place: dcp.async_save(live, checkpoint_id=place, async_stager=stager))
+        shutil.rmtree(place)
+        for done in (directory / "async").glob("step-*"):
+            shutil.rmtree(done)
+    for name in calls:
+        REPORT.row("async save", name, "call", "ms", [1e3 * value for value in calls[name][1:]])
+        REPORT.row("async save", name, "stall", "ms", [1e3 * value for value in stalls[name][1:]])
+    REPORT.goal("async_call_ms", 1.0, 1e3 * statistics.median(calls["holdfast"][1:]), at_most=True)
+    stall = statistics.median(ratios(stalls["holdfast"][1:], stalls["dcp, async staging"][1:]))
+    REPORT.goal("async_stall_vs_dcp", 0.3, stall, at_most=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Lazy capture: tensors are copied behind the training loop, and the loop waits only if it would overwrite them.
+
+`start` returns at once. A thread copies into buffers that are kept for the next capture, so host memory is bounded by one copy of
+the state. Before any optimizer of the process steps, a hook waits for what is not copied yet. Tensors that changed all the same
+make the capture fail: what was torn is never stored.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from holdfast.arrays import SMALL_ARRAY_NBYTES
+from holdfast.errors import StateError
+from holdfast.events import emit
+
+Key = tuple[int, torch.dtype, tuple[int, ...]]
+"""Where a tensor's bytes live and how they are read: equal for all views of the same part of one storage."""
+
+
+def key_of(tensor: torch.Tensor) -> Key:
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
+
+
+class LazyCapture:
+    """Copies of tensors, taken in the background. One capture at a time; the copies are valid until the next `start`."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "holdfast-capture")
+        self._buffers: dict[Key, torch.Tensor] = {}
+        self._copied = threading.Event()
+        self._copied.set()
+        self._copies: dict[Key, torch.Tensor] = {}
+
+    def start(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Future[None]:
+        """Capture these tensors as they are now; the future is done when all are copied, and raises StateError if one changed.
+
+        Small tensors are copied before this returns: forward passes change buffers such as BatchNorm's. Larger ones must not
+        change before the next optimizer step, which waits by itself.
+        """
+        self._copied.wait()
+        started_s = time.perf_counter()
+        self._copies = {}
+        later: list[tuple[str, torch.Tensor, int]] = []
+        for name, tensor in tensors:
+            local = tensor.detach()
+            if local.nbytes < SMALL_ARRAY_NBYTES:
+                self._copy(local)
+            else:
+                later.append((name, local, tensor._version))
+        self._copied.clear()
+        hook = register_optimizer_step_pre_hook(lambda *_: self.fence())
+        return self._pool.submit(self._run, later, hook, _streams(later), started_s)
+
+    def fence(self) -> None:
+        """Nothing of the running capture is read from live tensors any more."""
+        if not self._copied.is_set():
+            started_s = time.perf_counter()
+            self._copied.wait()
+            emit("ckpt.fenced", seconds=time.perf_counter() - started_s)
+
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The captured copy of a tensor, or the tensor itself when no capture holds it."""
+        return self._copies.get(key_of(tensor), tensor)
+
+    def close(self) -> None:
+        self._copied.wait()
+        self._pool.shutdown()
+        self._buffers.clear()
+        self._copies.clear()
+
+    def _run(
+        self, later: list[tuple[str, torch.Tensor, int]], hook: Any, streams: dict[torch.device, Any], started_s: float
+    ) -> None:
+        try:
+            for _, tensor, _ in later:
+                self._copy(tensor, streams.get(tensor.device))
+            for stream in streams.values():
+                stream.synchronize()
+            changed = [name for name, tensor, version in later if tensor._version != version]
+        finally:
+            hook.remove()
+            self._copied.set()
+        if changed:
+            raise StateError(
+                f"{changed[0]} and {len(changed) - 1} more changed while they were captured, without an optimizer step; this save "
+                "is dropped. Call optimizer.step() to change parameters, or save without async"
+            )
+        emit("ckpt.captured", seconds=time.perf_counter() - started_s)
+
+    def _copy(self, tensor: torch.Tensor, stream: Any = None) -> None:
+        key = key_of(tensor)
+        buffer = self._buffers.get(key)
+        if buffer is None:
+            pinned = tensor.device.type == "cuda"
+            buffer = self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        if stream is None:
+            buffer.copy_(tensor)
+        else:
+            with torch.cuda.stream(stream):
+                buffer.copy_(tensor, non_blocking=True)
+        self._copies[key] = buffer
+
+
+def _streams(later: Iterable[tuple[str, torch.Tensor, int]]) -> dict[torch.device, Any]:
+    """A side stream for every GPU, which begins after what the training stream has been told so far."""
+    streams: dict[torch.device, Any] = {}
+    for _, tensor, _ in later:
+        if tensor.device.type == "cuda" and tensor.device not in streams:
+            streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
+            streams[tensor.device].wait_stream(torch.cuda.current_stream(tensor.device))
+    return streams
