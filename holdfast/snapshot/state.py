@@ -8,7 +8,8 @@ captured without being asked for.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,9 @@ class TrackedState:
         self._named: dict[str, dict[int, tuple[str, Placement]]] = {}
         self.others_have_arrays = False
         """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
+        self._large: dict[str, torch.Tensor] = {}
         self.held()
+        self.texts()  # what has no typed form is said now, and not by every snapshot that fails for it
 
     # -- reading --
 
@@ -123,7 +126,8 @@ class TrackedState:
         """Every object but the random generators as typed text, now."""
         found: dict[str, str] = {}
         for name, module in self.modules.items():
-            extra = {key: value for key, value in _bare(module).state_dict().items() if not isinstance(value, torch.Tensor)}
+            homes = _homes(module)
+            extra = {key: value for key, value in _bare(module).state_dict(keep_vars=True).items() if id(value) not in homes}
             if extra:
                 found[name] = encode_object(extra, name)
         for name, optimizer in self.optimizers.items():
@@ -144,14 +148,24 @@ class TrackedState:
     def prepare(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
         """Make room for every stored array of ours and return where each goes.
 
-        Optimizer state that does not exist before the first step is created. Raises LayoutMismatch when stored and present
-        state do not have the same arrays.
+        Optimizer state that does not exist before the first step is created, and a plain object's large tensors are what they
+        were when stored, whatever it holds now. Raises LayoutMismatch when stored and present state do not have the same arrays.
         """
         for name, optimizer in self.optimizers.items():
             self._create_state(name, optimizer, stored)
-        held = self.held()
+        held = [item for item in self.held() if item.name.split("/")[0] not in self.others]
         self._check_same(held, stored)
-        return held
+        return held + self._room_for_others(stored)
+
+    def _room_for_others(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
+        """Fresh tensors, given to the objects by `load_texts`: what `state_dict` hands out may be copies, or not be there yet."""
+        live = {path: tensor for name, item in self.others.items() for path, tensor in _large_tensors(item.state_dict(), name)}
+        wanted = [(name, spec) for name, spec in stored.items() if name.split("/")[0] in self.others and "@rank-" not in name]
+        self._large = {
+            name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=live[name].device if name in live else "cpu")
+            for name, spec in wanted
+        }
+        return [Held(placement_of(name, tensor), tensor, lazy=False) for name, tensor in self._large.items()]
 
     def load_texts(self, texts: Mapping[str, str]) -> None:
         """Put the objects back; the random generators last, so that nothing draws from them afterwards."""
@@ -164,7 +178,8 @@ class TrackedState:
         for name, item in self.others.items():
             if name not in texts:
                 raise LayoutMismatch(f"the snapshot has no object {name!r}; it was written without it")
-            item.load_state_dict(_with_large(decode_object(texts[name]), name, item.state_dict()))
+            item.load_state_dict(_with_large(decode_object(texts[name]), name, self._large))
+        self._large = {}
         if RNG in texts:
             _set_rng(decode_object(texts[RNG]))
 
@@ -177,16 +192,11 @@ class TrackedState:
         for name, module in self.modules.items():
             replica, replicas, ranks = _replicas(module)
             parameters = {id(param) for param in module.parameters()}
-            homes = {
-                id(tensor): (home, key)
-                for part in _bare(module).modules()
-                for home in (part._parameters, part._buffers)
-                for key, tensor in home.items()
-            }
+            homes = _homes(module)
             seen: dict[int, str] = {}
             for key, tensor in _bare(module).state_dict(keep_vars=True).items():
-                if not isinstance(tensor, torch.Tensor) or seen.setdefault(id(tensor), key) != key:
-                    continue  # a tied weight is one tensor under two names; it is stored under the first
+                if id(tensor) not in homes or seen.setdefault(id(tensor), key) != key:
+                    continue  # made for this state_dict only (extra state), or tied: stored under its first name
                 is_parameter = id(tensor) in parameters
                 # DDP sends rank 0's buffers to all at the next forward; until then each rank has its own.
                 equal = (replica, replicas) if is_parameter else (0, 1)
@@ -194,7 +204,7 @@ class TrackedState:
                 if ranks and is_parameter and not placement.expected:
                     placement = Placement(placement.spec, placement.boxes, *equal, ranks)
                 lazy = id(tensor) in trained or (is_parameter and not tensor.requires_grad)
-                yield Held(placement, tensor, lazy, homes.get(id(tensor)))
+                yield Held(placement, tensor, lazy, homes[id(tensor)])
 
     # -- optimizers --
 
@@ -278,7 +288,7 @@ class TrackedState:
                 for array, spec in stored.items():
                     key = array.removeprefix(prefix)
                     if key != array and "/" not in key and "@" not in key and key not in optimizer.state[param]:
-                        optimizer.state[param][key] = _empty_state(param, spec, group)
+                        optimizer.state[param][key] = _empty_state(param, key, spec, group)
 
     # -- other objects --
 
@@ -290,7 +300,7 @@ class TrackedState:
     def _check_same(self, held: list[Held], stored: Mapping[str, ArraySpec]) -> None:
         ours = {item.name: item.placement.spec for item in held}
         theirs = {name: spec for name, spec in stored.items() if "@rank-" not in name and name.split("/")[0] not in self.others}
-        missing = sorted(name for name in ours.keys() - theirs.keys() if name.split("/")[0] not in self.others)
+        missing = sorted(ours.keys() - theirs.keys())
         extra = sorted(theirs.keys() - ours.keys())
         if missing or extra:
             raise LayoutMismatch(
@@ -337,6 +347,17 @@ def _bare(module: nn.Module) -> nn.Module:
     return module.module if isinstance(module, DistributedDataParallel) else module
 
 
+def _homes(module: nn.Module) -> dict[int, tuple[dict[str, Any], str]]:
+    """For each parameter and buffer, by identity: the dictionary of a submodule and the key under which it lives there."""
+    return {
+        id(tensor): (home, key)
+        for part in _bare(module).modules()
+        for home in (part._parameters, part._buffers)
+        for key, tensor in home.items()
+        if tensor is not None
+    }
+
+
 def _fqn(key: str) -> str:
     for wrapper in _WRAPPERS:
         key = key.replace(wrapper, "")
@@ -360,11 +381,12 @@ def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dic
     return Held(placement, value, value.dim() > 0, home)
 
 
-def _empty_state(param: torch.Tensor, spec: ArraySpec, group: Mapping[str, Any]) -> torch.Tensor:
+def _empty_state(param: torch.Tensor, key: str, spec: ArraySpec, group: Mapping[str, Any]) -> torch.Tensor:
     dtype = getattr(torch, spec.dtype)
     if tuple(param.shape) == spec.shape and spec.shape:
         return torch.zeros_like(param.detach(), dtype=dtype)
-    on_device = bool(group.get("capturable") or group.get("fused"))
+    # torch keeps the count of steps on the CPU unless told otherwise, and all else (Adafactor's factors) with the parameter.
+    on_device = key != "step" or bool(group.get("capturable") or group.get("fused"))
     return torch.zeros(spec.shape, dtype=dtype, device=param.device if on_device else "cpu")
 
 
@@ -391,21 +413,24 @@ def _without_large(value: Any) -> Any:
     if _is_large(value):
         return value.new_empty(0)
     if isinstance(value, dict):
-        return {key: _without_large(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+        return _dict_like(value, ((key, _without_large(item)) for key, item in value.items()))
+    if type(value) in (list, tuple):
         return type(value)(_without_large(item) for item in value)
     return value
 
 
-def _with_large(value: Any, name: str, live: Any) -> Any:
-    """`value` with the large tensors of `live`, which have been restored in place, put back."""
-    large = dict(_large_tensors(live, name))
+def _dict_like(value: dict[Any, Any], items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    return OrderedDict(items) if isinstance(value, OrderedDict) else dict(items)
+
+
+def _with_large(value: Any, name: str, large: Mapping[str, torch.Tensor]) -> Any:
+    """`value` with `large`, the restored tensors by path, in the places that were left empty for them."""
 
     def fill(part: Any, path: str) -> Any:
-        if path in large:
+        if isinstance(part, torch.Tensor) and part.numel() == 0 and path in large:
             return large[path]
         if isinstance(part, dict):
-            return {key: fill(item, f"{path}/{key}") for key, item in part.items()}
+            return _dict_like(part, ((key, fill(item, f"{path}/{key}")) for key, item in part.items()))
         if type(part) in (list, tuple):
             return type(part)(fill(item, f"{path}/{place}") for place, item in enumerate(part))
         return part

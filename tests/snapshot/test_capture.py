@@ -24,6 +24,15 @@ from holdfast.snapshot.state import TrackedState
 PATIENCE_S = 60
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are done sooner by one thread than by several that wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Page(dict[str, int]):
     """The words of a control page, without a file."""
 
