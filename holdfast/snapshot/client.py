@@ -11,9 +11,9 @@ from typing import Any
 
 from holdfast.arrays import FragmentTable
 from holdfast.errors import HoldfastError, KeeperUnreachable, MissingData
+from holdfast.snapshot.birth import ENDPOINT, SOCKET
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.exchange import slot_name
-from holdfast.snapshot.keeper import ENDPOINT, SOCKET
 from holdfast.snapshot.slots import HEADER_NBYTES
 from holdfast.snapshot.view import Member
 from holdfast.snapshot.wire import Connection

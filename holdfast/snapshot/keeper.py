@@ -10,14 +10,12 @@ older slot is still COMMITTED on every node.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import queue
 import secrets
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from holdfast.errors import (
 )
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
+from holdfast.snapshot.birth import SOCKET, advertised, host_identity, is_alive, listen, only_one, write_endpoint
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.coordinator import (
     Acknowledged,
@@ -62,20 +61,15 @@ from holdfast.snapshot.exchange import (
     check_holds,
     encode_stripe,
     parity_name,
-    rebuild_blocks,
     slot_name,
 )
-from holdfast.snapshot.slots import Meta, Slot, SlotHeader, SlotState, aligned
-from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, View, effective_parity, stride
+from holdfast.snapshot.outbox import Outbox
+from holdfast.snapshot.slots import Meta, SlotState, aligned
+from holdfast.snapshot.store import META_ROOM, NodeSlots, group_of, rank_record
+from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, View, effective_parity
 from holdfast.snapshot.wire import Connection, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
-
-ENDPOINT = "keeper.json"
-SOCKET = "keeper.sock"
-LOCK_PATIENCE_S = 15.0
-META_ROOM = 1 << 20
-"""Room kept behind a payload for fragment table and objects, beyond what the first snapshot needs."""
 
 
 class Keeper:
@@ -87,9 +81,8 @@ class Keeper:
         self.view: View | None = None
         self.controls: dict[int, ControlPage] = {}
         self._mapped = mapped
-        self._lock = threading.RLock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outboxes: dict[int, _Outbox] = {}
+        self._outboxes: dict[int, Outbox] = {}
         self._trainers: dict[int, Header] = {}
         self._tables: dict[int, tuple[str, FragmentTable]] = {}
         self._announced: tuple[int, int] | None = None
@@ -104,14 +97,15 @@ class Keeper:
         self._closed = threading.Event()
         self._released = threading.Event()
         self._ending = False
-        self._guard = _only_one(memory)
-        self.slots: dict[str, Slot] = _adopt(memory)
+        self._guard = only_one(memory)
+        self.slots = NodeSlots(job, node, memory)
+        self._lock = self.slots.lock
         self.token = secrets.token_hex(16)
-        listeners, port = _listen(memory / SOCKET, bind)
-        self.member = Member(node, _host(), _advertised(bind), port, self.token, str(memory), ())
+        listeners, port = listen(memory / SOCKET, bind)
+        self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), ())
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
         threading.Thread(target=self._work, name="holdfast-worker", daemon=True).start()
-        _write_endpoint(memory, self.member)
+        write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
@@ -140,7 +134,7 @@ class Keeper:
         """What this node holds, from the slots' own headers."""
         with self._lock:
             slots = [asdict(slot.header) for slot in self.slots.values() if slot.header.rank >= 0]
-            groups = [group.to_json() for slot in self.slots.values() if (group := _group_of(slot)) is not None]
+            groups = [group.to_json() for slot in self.slots.values() if (group := group_of(slot)) is not None]
         return {"node": self.node, "epoch": self.epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
 
     def verb_attach(self, rank: int, pid: int, launch: str, body_nbytes: int, connection: int) -> Header:
@@ -148,7 +142,7 @@ class Keeper:
         with self._lock:
             self._refuse_second_run(rank, launch)
             for index in (0, 1):
-                self._room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
+                self.slots.room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
             page = self.controls.get(rank) or ControlPage(self.memory / f"control-{rank}", create=True)
             self.controls[rank] = page
             for word in ("completed", "finishing", "target", "committed", "checkpoint", "stopped"):
@@ -159,8 +153,8 @@ class Keeper:
     def verb_reserve(self, rank: int, index: int, body_nbytes: int) -> Header:
         """Room for a snapshot that has outgrown its slot; the trainer maps the slot anew."""
         with self._lock:
-            self._room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
-            self._announce_in(slot_name(rank, index))
+            self.slots.room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
+            self.slots.void(slot_name(rank, index), self.epoch)
         return {}
 
     def verb_join(self, view: Header) -> Header:
@@ -176,7 +170,7 @@ class Keeper:
             self._tables.clear()
             for outbox in self._outboxes.values():
                 outbox.close()
-            self._outboxes = {member.node: _Outbox(member, self) for member in fresh.members}
+            self._outboxes = {member.node: Outbox(member, self.node, self.epoch, self._handle) for member in fresh.members}
             if not fresh.in_memory:
                 for slot in self.slots.values():
                     slot.update(state=SlotState.EMPTY, step=0, payload_nbytes=0, meta_nbytes=0)
@@ -237,7 +231,7 @@ class Keeper:
         with self._lock:
             self._enter_round(step, index, round)
             for name in (*(slot_name(rank, index) for rank in self._local_ranks()), parity_name(index)):
-                self._announce_in(name)
+                self.slots.void(name, self.epoch)
             crash_point("keeper.announced")
             for rank in self._local_ranks():
                 self.controls[rank].set_target(step, index)
@@ -291,11 +285,11 @@ class Keeper:
         """The step is protected on every node: from now on it is what recovery returns to."""
         crash_point("keeper.committing")
         with self._lock:
-            for slot in self._of_step(step, index):
+            for slot in self.slots.of_step(step, index):
                 slot.update(state=SlotState.COMMITTED)
             for rank in self._local_ranks():
                 self.controls[rank]["committed"] = step
-            self._drop_foreign(index)
+            self.slots.keep_only(self._local_ranks())
         crash_point("keeper.committed")
         self._last["committed"] = time.time()
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
@@ -306,13 +300,13 @@ class Keeper:
 
     def verb_tables(self, step: int, index: int) -> Reply:
         """Fragment tables (with CRCs) and objects of this node's committed ranks, for a checkpoint or a restore."""
-        metas = {slot.header.rank: slot.meta() for slot in self._of_step(step, index) if slot.header.rank >= 0}
+        metas = {slot.header.rank: slot.meta() for slot in self.slots.of_step(step, index) if slot.header.rank >= 0}
         table = FragmentTable.concat(meta.table for meta in metas.values())
         return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
 
     def verb_spill(self, directory: str, step: int, index: int, layout: Header, payload: memoryview) -> Header:
         """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments."""
-        slots = {slot.header.rank: slot for slot in self._of_step(step, index) if slot.header.rank >= 0}
+        slots = {slot.header.rank: slot for slot in self.slots.of_step(step, index) if slot.header.rank >= 0}
 
         def read(row: Fragment) -> memoryview:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
@@ -352,7 +346,8 @@ class Keeper:
         record = GroupRecord.from_json(group)
         members = [Member.from_json(member) for member in survivors]
         started = time.perf_counter()
-        nbytes = self._rebuild(record, lost, members, frozenset(with_data), frozenset(with_parity))
+        readers = {member.node: self._reader(member) for member in members}
+        nbytes = self.slots.rebuild(record, lost, readers, frozenset(with_data), frozenset(with_parity))
         seconds = time.perf_counter() - started
         logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
         return {"nbytes": nbytes, "seconds": seconds}
@@ -463,31 +458,11 @@ class Keeper:
         group = self._group(step, index, number)
         with self._lock:
             if group.parity:
-                self._seal_parity(group, SlotState.ENCODED)
-            for slot in self._of_step(step, index):
+                self.slots.seal_parity(group, SlotState.ENCODED)
+            for slot in self.slots.of_step(step, index):
                 slot.update(state=SlotState.ENCODED)
         crash_point("snapshot.encoded")
         self._tell_coordinator(Encoded(self.node, step, self._progress(), number))
-
-    def _seal_parity(self, group: GroupRecord, state: SlotState) -> None:
-        slot = self.slots[parity_name(group.index)]
-        size = group.parity * group.block_nbytes
-        rows = {
-            f"row-{row}": f"{crc32c(slot.body[row * group.block_nbytes : (row + 1) * group.block_nbytes]):08x}"
-            for row in range(group.parity)
-        }
-        data = Meta(FragmentTable.from_rows([]), {"group": json.dumps(group.to_json()), **rows}).to_bytes()
-        start = aligned(size)
-        slot.body[start : start + len(data)] = data
-        slot.update(
-            state=state,
-            epoch=group.epoch,
-            step=group.step,
-            world=group.world,
-            payload_nbytes=size,
-            meta_nbytes=len(data),
-            meta_crc32c=crc32c(data),
-        )
 
     def _forward(
         self, step: int, index: int, number: int, block_nbytes: int, connections: dict[int, Connection]
@@ -516,54 +491,10 @@ class Keeper:
                 return None
             if self._rows is None:
                 parity = effective_parity(self._view().parity, len(self._group_nodes()))
-                self._room(parity_name(index), -1, index, parity * block_nbytes + META_ROOM)
-                self._announce_in(parity_name(index))
+                self.slots.room(parity_name(index), -1, index, parity * block_nbytes + META_ROOM)
+                self.slots.void(parity_name(index), self.epoch)
                 self._rows = RowsInFlight(parity, block_nbytes)
             return self._rows
-
-    def _rebuild(
-        self, group: GroupRecord, lost: int, survivors: list[Member], with_data: frozenset[int], with_parity: frozenset[int]
-    ) -> int:
-        record = next(record for record in group.records if record.node == lost)
-        readers = {member.node: self._reader(member) for member in survivors}
-        # Parity that outlived the node's bytes stays where it is: another node may be reading it for a rebuild of its own.
-        parity_too = lost == self.node and lost not in with_parity
-        fresh: dict[str, Slot] = {}
-        with self._lock:
-            for rank in record.ranks:
-                name = slot_name(rank.rank, group.index)
-                header = SlotHeader(self.job, self.node, rank.rank, group.index, SlotState.FILLING)
-                self.slots[name] = fresh[name] = Slot.create(self.memory / name, header, rank.body_nbytes + META_ROOM)
-            if parity_too:
-                name = parity_name(group.index)
-                header = SlotHeader(self.job, self.node, -1, group.index, SlotState.FILLING)
-                self.slots[name] = Slot.create(self.memory / name, header, group.parity * group.block_nbytes + META_ROOM)
-
-        def store(kind: str, offset: int, data: memoryview) -> None:
-            if kind == "parity":
-                self.slots[parity_name(group.index)].body[offset : offset + len(data)] = data
-                return
-            base = 0
-            for rank in record.ranks:
-                start, stop = max(offset, base), min(offset + len(data), base + rank.body_nbytes)
-                if start < stop:
-                    fresh[slot_name(rank.rank, group.index)].body[start - base : stop - base] = data[
-                        start - offset : stop - offset
-                    ]
-                base += stride(rank)
-
-        try:
-            rebuild_blocks(group, lost, readers, with_data, with_parity, store, parity_too=parity_too)
-        finally:
-            for reader in readers.values():
-                reader.close()
-        crash_point("rebuild.decoded")
-        for rank in record.ranks:
-            _check_rebuilt(fresh[slot_name(rank.rank, group.index)], rank, group)
-        if parity_too:
-            self._seal_parity(group, SlotState.COMMITTED)
-        crash_point("rebuild.checked")
-        return record.nbytes
 
     # -- the coordinator's side -----------------------------------------------------------------------------------------
 
@@ -664,49 +595,19 @@ class Keeper:
     def _reader(self, member: Member) -> SlotReader:
         return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
 
-    def _of_step(self, step: int, index: int) -> list[Slot]:
-        """This node's slots at `index` that hold `step` whole, parity included."""
-        with self._lock:
-            return [
-                slot
-                for slot in self.slots.values()
-                if slot.header.index == index and slot.header.step == step and slot.header.state >= SlotState.VERIFIED
-            ]
-
     def _node_record(self, step: int, index: int) -> NodeRecord | None:
         """The record of this node once all its ranks are verified at `step`."""
-        headers = {slot.header.rank: slot.header for slot in self._of_step(step, index)}
+        headers = {slot.header.rank: slot.header for slot in self.slots.of_step(step, index)}
         ranks = self._local_ranks()
         if any(rank not in headers for rank in ranks):
             return None
-        return NodeRecord(self.node, tuple(_rank_record(headers[rank]) for rank in ranks))
+        return NodeRecord(self.node, tuple(rank_record(headers[rank]) for rank in ranks))
 
     def _group(self, step: int, index: int, number: int) -> GroupRecord:
         nodes, view = self._group_nodes(), self._view()
         records = tuple(self._groups[number][node] for node in nodes)
-        epoch = max(slot.header.epoch for slot in self._of_step(step, index) if slot.header.rank >= 0)
+        epoch = max(slot.header.epoch for slot in self.slots.of_step(step, index) if slot.header.rank >= 0)
         return GroupRecord(epoch, step, index, view.world, effective_parity(view.parity, len(nodes)), records)
-
-    def _room(self, name: str, rank: int, index: int, body_nbytes: int) -> None:
-        """See that slot `name` exists with room for `body_nbytes`; a committed one is never touched."""
-        slot = self.slots.get(name)
-        if slot is not None and (slot.header.state is SlotState.COMMITTED or slot.capacity >= body_nbytes):
-            return
-        if slot is not None:
-            slot.close()
-        self.slots[name] = Slot.create(self.memory / name, SlotHeader(self.job, self.node, rank, index), body_nbytes)
-
-    def _announce_in(self, name: str) -> None:
-        if name in self.slots:
-            self.slots[name].update(state=SlotState.FILLING, step=0, epoch=self.epoch, payload_nbytes=0, meta_nbytes=0)
-
-    def _drop_foreign(self, index: int) -> None:
-        """Free slots of ranks that no longer live here; called once a newer step is committed."""
-        mine = {slot_name(rank, place) for rank in self._local_ranks() for place in (0, 1)} | {parity_name(0), parity_name(1)}
-        for name in set(self.slots) - mine:
-            slot = self.slots.pop(name)
-            slot.path.unlink(missing_ok=True)
-            slot.close()
 
     def _survivable_losses(self, step: int) -> int:
         if self.view is None or not step:
@@ -715,7 +616,7 @@ class Keeper:
 
     def _refuse_second_run(self, rank: int, launch: str) -> None:
         known = self._trainers.get(rank)
-        if known is not None and known["launch"] != launch and _alive(known["pid"]):
+        if known is not None and known["launch"] != launch and is_alive(known["pid"]):
             raise ConfigError(
                 f"another run named {self.job!r} is alive (its rank {rank} is pid {known['pid']}); give this one another name "
                 "with protect(name=…), or end the other"
@@ -747,158 +648,3 @@ class Keeper:
     def wait(self) -> None:
         """Block until the keeper has been closed and everything it had to say is said."""
         self._released.wait()
-
-
-class _Outbox:
-    """Ordered messages to one node, sent from a thread of their own so that nobody waits for a slow or dead peer."""
-
-    def __init__(self, member: Member, keeper: Keeper) -> None:
-        self._member, self._keeper, self._epoch = member, keeper, keeper.epoch
-        self._queue: queue.SimpleQueue[Header | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._send, name=f"holdfast-to-{member.node}", daemon=True)
-        self._thread.start()
-
-    def put(self, message: Header) -> None:
-        self._queue.put(message)
-
-    def close(self, *, drain: bool = False) -> None:
-        self._queue.put(None)
-        if drain and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=5)
-
-    def _send(self) -> None:
-        connection: Connection | None = None
-        while (message := self._queue.get()) is not None:
-            message["epoch_of_sender"] = self._epoch
-            try:
-                if self._member.node == self._keeper.node:
-                    self._keeper._handle(message.pop("verb"), {**message, "connection": 0}, memoryview(b""))
-                else:
-                    connection = connection or Connection((self._member.address, self._member.port), self._member.token)
-                    connection.ask(message.pop("verb"), **message)
-            except KeeperUnreachable as error:
-                connection = None
-                logger.warning("node %d cannot reach node %d: %s", self._keeper.node, self._member.node, error)
-            except HoldfastError as error:
-                logger.warning("node %d was refused by node %d: %s", self._keeper.node, self._member.node, error)
-            except Exception:
-                logger.exception("node %d: a message to node %d failed", self._keeper.node, self._member.node)
-        if connection is not None:
-            connection.close()
-
-
-# -- birth -------------------------------------------------------------------------------------------------------------
-
-
-def _only_one(memory: Path) -> int:
-    """Hold the node's lock for as long as this process lives; waits a little for a predecessor that is just ending."""
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all
-                return fd
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise ConfigError(f"a keeper already serves {memory}") from error
-        os.close(fd)
-        time.sleep(0.05)
-
-
-def _adopt(memory: Path) -> dict[str, Slot]:
-    """The slots a predecessor left, each checked; what cannot be trusted is removed and said."""
-    found: dict[str, Slot] = {}
-    for path in sorted((*memory.glob("slot-*-?"), *memory.glob("parity-?"))):
-        try:
-            slot = Slot.open(path, writable=True)
-            if slot.header.state >= SlotState.VERIFIED:
-                slot.meta()
-            found[path.name] = slot
-        except HoldfastError as error:
-            logger.warning("slot %s is not adopted: %s", path.name, error)
-            path.unlink(missing_ok=True)
-    for leftover in memory.glob("*.new"):
-        leftover.unlink(missing_ok=True)
-    return found
-
-
-def _listen(path: Path, bind: str) -> tuple[list[socket.socket], int]:
-    path.unlink(missing_ok=True)
-    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        local.bind(str(path))
-    except OSError as error:
-        local.close()
-        raise ConfigError(
-            f"cannot listen at {path} ({error}); a socket's path may have 107 characters, choose a shorter one"
-        ) from error
-    os.chmod(path, 0o600)
-    network = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    network.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    network.bind((bind, 0))
-    for listener in (local, network):
-        listener.listen(128)
-    return [local, network], int(network.getsockname()[1])
-
-
-def _advertised(bind: str) -> str:
-    return socket.gethostbyname(socket.gethostname()) if bind in ("", "0.0.0.0") else bind
-
-
-def _host() -> str:
-    """Equal for two keepers exactly when they can map each other's files."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
-
-
-def _write_endpoint(memory: Path, member: Member) -> None:
-    fresh = memory / f"{ENDPOINT}.new"
-    fresh.touch(mode=0o600)
-    fresh.write_text(json.dumps({**member.to_json(), "pid": os.getpid()}))
-    fresh.rename(memory / ENDPOINT)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-# -- records -----------------------------------------------------------------------------------------------------------
-
-
-def _rank_record(header: SlotHeader) -> RankRecord:
-    return RankRecord(header.rank, header.payload_nbytes, header.meta_nbytes, header.meta_crc32c, header.body_nbytes)
-
-
-def _group_of(slot: Slot) -> GroupRecord | None:
-    """The group that a whole parity slot belongs to."""
-    if slot.header.rank >= 0 or slot.header.state < SlotState.ENCODED:
-        return None
-    try:
-        return GroupRecord.from_json(json.loads(slot.meta().objects["group"]))
-    except (HoldfastError, KeyError, ValueError, TypeError) as error:
-        logger.warning("parity slot %s is not usable: %s", slot.path.name, error)
-        return None
-
-
-def _check_rebuilt(slot: Slot, record: RankRecord, group: GroupRecord) -> None:
-    """Every byte that was decoded has the CRC it had when it was captured; only then does the header say so."""
-    fields = {"payload_nbytes": record.payload_nbytes, "meta_nbytes": record.meta_nbytes, "meta_crc32c": record.meta_crc32c}
-    slot.header = SlotHeader(
-        slot.header.job, slot.header.node, record.rank, group.index, SlotState.FILLING, sequence=slot.header.sequence, **fields
-    )
-    for row in slot.meta().table:
-        found = crc32c(slot.body[row.slot_offset : row.slot_offset + row.nbytes])
-        if found != row.crc32c:
-            raise CorruptData(
-                f"step {group.step}, rank {record.rank}, {row.array}: rebuilt bytes have crc32c {found:08x}, expected "
-                f"{row.crc32c:08x}; a survivor's memory is damaged"
-            )
-    slot.update(state=SlotState.COMMITTED, epoch=group.epoch, step=group.step, world=group.world)

@@ -126,6 +126,8 @@ class TrackedState:
         """Every object but the random generators as typed text, now."""
         found: dict[str, str] = {}
         for name, module in self.modules.items():
+            if not _has_extra_state(module):
+                continue
             homes = _homes(module)
             extra = {key: value for key, value in _bare(module).state_dict(keep_vars=True).items() if id(value) not in homes}
             if extra:
@@ -356,6 +358,10 @@ def _homes(module: nn.Module) -> dict[int, tuple[dict[str, Any], str]]:
         for key, tensor in home.items()
         if tensor is not None
     }
+
+
+def _has_extra_state(module: nn.Module) -> bool:
+    return any(type(part).get_extra_state is not nn.Module.get_extra_state for part in module.modules())
 
 
 def _fqn(key: str) -> str:

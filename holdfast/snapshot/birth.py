@@ -1,0 +1,80 @@
+"""How a keeper comes to serve a node: alone, listening, and found by the address it leaves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from holdfast.errors import ConfigError
+from holdfast.snapshot.view import Member
+
+ENDPOINT = "keeper.json"
+SOCKET = "keeper.sock"
+LOCK_PATIENCE_S = 15.0
+
+
+def only_one(memory: Path) -> int:
+    """Hold the node's lock for as long as this process lives; waits a little for a predecessor that is just ending."""
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all
+                return fd
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise ConfigError(f"a keeper already serves {memory}") from error
+        os.close(fd)
+        time.sleep(0.05)
+
+
+def listen(path: Path, bind: str) -> tuple[list[socket.socket], int]:
+    path.unlink(missing_ok=True)
+    local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        local.bind(str(path))
+    except OSError as error:
+        local.close()
+        raise ConfigError(
+            f"cannot listen at {path} ({error}); a socket's path may have 107 characters, choose a shorter one"
+        ) from error
+    os.chmod(path, 0o600)
+    network = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    network.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    network.bind((bind, 0))
+    for listener in (local, network):
+        listener.listen(128)
+    return [local, network], int(network.getsockname()[1])
+
+
+def advertised(bind: str) -> str:
+    return socket.gethostbyname(socket.gethostname()) if bind in ("", "0.0.0.0") else bind
+
+
+def host_identity() -> str:
+    """Equal for two keepers exactly when they can map each other's files."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+def write_endpoint(memory: Path, member: Member) -> None:
+    fresh = memory / f"{ENDPOINT}.new"
+    fresh.touch(mode=0o600)
+    fresh.write_text(json.dumps({**member.to_json(), "pid": os.getpid()}))
+    fresh.rename(memory / ENDPOINT)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
