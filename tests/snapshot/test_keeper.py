@@ -19,7 +19,7 @@ import pytest
 from holdfast.arrays import Fragment, FragmentTable
 from holdfast.coding import crc32c
 from holdfast.errors import ClusterError, ConfigError, CorruptData, HoldfastError, KeeperUnreachable, StaleEpoch
-from holdfast.snapshot import keeper as keeper_module
+from holdfast.snapshot import birth
 from holdfast.snapshot.client import Endpoint, Link, connect
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.keeper import Keeper
@@ -308,7 +308,7 @@ def test_the_rank_of_a_dead_run_can_be_taken_over(start: Callable[..., Cluster])
 
 def test_a_second_keeper_of_the_same_memory_is_refused(start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = start(1, parity=0)
-    monkeypatch.setattr(keeper_module, "LOCK_PATIENCE_S", 0.0)
+    monkeypatch.setattr(birth, "LOCK_PATIENCE_S", 0.0)
     with pytest.raises(ConfigError, match="a keeper already serves"):
         Keeper("job", 0, cluster.places[0])
     assert cluster.ask(0, "ping") == {}
