@@ -20,6 +20,8 @@ from holdfast.arrays import SMALL_ARRAY_NBYTES
 from holdfast.errors import StateError
 from holdfast.events import emit
 
+HEAD_START_S = 0.002
+
 Key = tuple[int, torch.dtype, tuple[int, ...]]
 """Where a tensor's bytes live and how they are read: equal for all views of the same part of one storage."""
 
@@ -79,6 +81,8 @@ class LazyCapture:
         self, later: list[tuple[str, torch.Tensor, int]], hook: Any, streams: dict[torch.device, Any], started_s: float
     ) -> None:
         try:
+            # Let the caller's thread go on first: it still has to return, and copying would compete with it for the interpreter.
+            time.sleep(HEAD_START_S)
             for _, tensor, _ in later:
                 self._copy(tensor, streams.get(tensor.device))
             for stream in streams.values():

@@ -92,7 +92,7 @@ def restore(
     plan = plan_reshard(specs, mesh, rules=rules, world=checkpoint.world)
     out = Path(out)
     if not dry_run:
-        with _fresh(out) as place:
+        with fresh_directory(out) as place:
             check_room(out, sum(plan.rank_nbytes))
             _WRITERS[format](checkpoint, plan, place, max_memory_nbytes, threads, progress)
     return Restored(
@@ -111,7 +111,7 @@ def restore(
 
 
 @contextmanager
-def _fresh(out: Path) -> Iterator[Path]:
+def fresh_directory(out: Path) -> Iterator[Path]:
     """A directory to fill that becomes `out` when all went well, and is removed when not."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already and not empty; give a new directory")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.coding import ErasureCode, crc32c
+from holdfast.coding import ErasureCode, crc32c, staggered
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot.slots import Slot
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, stride
@@ -129,7 +129,7 @@ def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReade
     owners = layout.parity_owners(stripe)
     sources = [(_bytes_of(group, place, readers), _wanted(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
     code = ErasureCode(layout.k, group.parity)
-    scratch = [memoryview(bytearray(min(PIECE_NBYTES, size))) for _ in range(layout.k + group.parity)]
+    scratch = [buffer.data for buffer in staggered(layout.k + group.parity, min(PIECE_NBYTES, size))]
     for offset in range(0, size, PIECE_NBYTES):
         nbytes = min(PIECE_NBYTES, size - offset)
         data = [source.piece(base + offset, nbytes, scratch[i]) for i, (source, base) in enumerate(sources)]
@@ -161,7 +161,7 @@ def rebuild_blocks(
         raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
     layout, size, place = group.layout, group.block_nbytes, group.position(node)
     code = ErasureCode(layout.k, group.parity)
-    scratch = [memoryview(bytearray(min(PIECE_NBYTES, size))) for _ in range(layout.k + 1)]
+    scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
     for stripe in range(layout.stripes):
         column, base, kind = _wanted(group, place, stripe)
         if kind == "parity" and not parity_too:

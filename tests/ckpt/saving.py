@@ -30,9 +30,11 @@ class Sample:
     def random(cls, name: str, dtype: str, shape: Sequence[int], seed: int = 0) -> Sample:
         nbytes = math.prod(shape) * ITEMSIZE[dtype]
         rng = np.random.default_rng([seed, *name.encode()])
-        raw = rng.integers(0, 2 if dtype == "bool" else 256, nbytes, dtype=np.uint8)
-        if dtype in ("float16", "float32", "float64", "complex64", "complex128"):  # real numbers, so that == can compare
-            raw = rng.standard_normal(nbytes // 2).astype("f8").view(np.uint8)[:nbytes] if nbytes % 8 == 0 else raw & 0x3B
+        real = {"float16": "f2", "float32": "f4", "float64": "f8", "complex64": "f4", "complex128": "f8"}.get(dtype)
+        if real is None:
+            raw = rng.integers(0, 2 if dtype == "bool" else 256, nbytes, dtype=np.uint8)
+        else:
+            raw = rng.standard_normal(nbytes // np.dtype(real).itemsize).astype(real)
         return cls(ArraySpec(name, dtype, tuple(shape)), raw.tobytes())
 
     def part(self, box: Box) -> bytes:

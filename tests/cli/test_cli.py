@@ -290,3 +290,44 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(run, tmp_path):
     assert child.returncode == 130
     assert err == "holdfast: interrupted\n"
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
+
+
+# -- afterwards --------------------------------------------------------------------------------------------------------
+
+
+def test_diff_tells_what_changed_and_ends_with_1(run, capsys):
+    assert call("diff", f"{run}@100", f"{run}@100") == 0
+    capsys.readouterr()
+    found = as_json(capsys, "diff", f"{run}@100", f"{run}@200", code=1)
+    assert "model/norm.weight" in [change["name"] for change in found["changed"]]
+    assert "model/large.weight" not in [change["name"] for change in found["changed"]]
+    assert call("diff", f"{run}@100", f"{run}@200", "--only", "model/norm*") == 1
+    assert capsys.readouterr().out.splitlines()[1].startswith("model/norm.weight")
+
+
+def test_prune_asks_unless_told_not_to(run, capsys):
+    assert call("prune", run, "--keep", 1, "--dry-run") == 0
+    assert capsys.readouterr().out == "100\n"
+    assert process("prune", run, "--keep", "1").returncode == 2
+    assert call("prune", run, "--keep", 1, "--yes") == 0
+    assert capsys.readouterr().out == "100\n"
+    assert sorted(path.name for path in run.iterdir()) == ["LATEST", "step-00000200"]
+
+
+def test_convert_goes_there_and_back(run, tmp_path, capsys):
+    assert call("convert", run, tmp_path / "hf", "--to", "safetensors") == 0
+    assert capsys.readouterr().out == "model.safetensors\n"
+    found = as_json(capsys, "convert", tmp_path / "hf", tmp_path / "again", "--step", 5)
+    assert found["path"] == str(tmp_path / "again/step-00000005")
+    assert call("diff", run, tmp_path / "again", "--only", "model/*", "--json") == 1  # the objects of the ranks are not in it
+    assert json.loads(capsys.readouterr().out)["changed"] == []
+    assert call("convert", tmp_path / "nope", tmp_path / "x") == 3
+
+
+def test_repair_ends_with_4_when_it_could_and_0_when_it_did(run, saved, capsys):
+    flip(run)
+    assert call("repair", run, "--replica", saved, "--dry-run") == 4
+    assert call("repair", run, "--replica", saved) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "model/large.weight/c/0/0"
+    assert call("verify", run) == 0
+    assert call("repair", run, "--replica", run / "nope") == 3
