@@ -12,6 +12,7 @@ import logging
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 HEADER_LIMIT = 64 << 20
 PAYLOAD_LIMIT = 1 << 30
+CLOSING_S = 2.0
 STRANGER_LIMIT = 4096
 """Longest frame of somebody who has not shown the token yet."""
 
@@ -146,11 +148,18 @@ class Server:
             threading.Thread(target=self._accept, args=(listener,), name="holdfast-accept", daemon=True).start()
 
     def close(self) -> None:
+        """Take no more requests. Those under way are answered, for which they have a moment; then their threads hang up."""
         self._closed.set()
-        for sock in (*self._listeners, *tuple(self._open)):
+        for listener in self._listeners:
             with suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # wakes a thread that blocks in accept or recv; close alone does not
-            sock.close()
+                listener.shutdown(socket.SHUT_RDWR)  # wakes a thread that blocks in accept or recv; close alone does not
+            listener.close()
+        for sock in tuple(self._open):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RD)
+        deadline = time.monotonic() + CLOSING_S
+        while self._open and time.monotonic() < deadline:
+            time.sleep(0.002)
 
     def _accept(self, listener: socket.socket) -> None:
         while not self._closed.is_set():

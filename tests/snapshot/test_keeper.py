@@ -21,6 +21,7 @@ from holdfast.coding import crc32c
 from holdfast.errors import ClusterError, ConfigError, CorruptData, HoldfastError, KeeperUnreachable, StaleEpoch
 from holdfast.snapshot import birth
 from holdfast.snapshot.client import Endpoint, Link, connect
+from holdfast.snapshot.coordinator import Phase
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.keeper import Keeper
 from holdfast.snapshot.recovery import Survey, plan_restore
@@ -161,8 +162,8 @@ def test_steps_are_captured_protected_and_committed(start: Callable[..., Cluster
     cluster = start(4, parity=parity, ranks_each=2 if parity == 1 else 1, mapped=mapped)
     cluster.enter(1)
     first = cluster.train(until_committed=1)
-    last = cluster.train(until_committed=first + 3)
-    cluster_is_quiet(cluster, last)
+    cluster.train(until_committed=first + 3)
+    last = quiet(cluster)
     for node, ranks in cluster.ranks_of.items():
         for rank in ranks:
             assert stored(cluster, node, cluster.ranks[rank], last) == cluster.ranks[rank].bytes_at(last)
@@ -172,17 +173,28 @@ def test_steps_are_captured_protected_and_committed(start: Callable[..., Cluster
     assert plan.step >= last
 
 
-def cluster_is_quiet(cluster: Cluster, step: int) -> None:
+def quiet(cluster: Cluster) -> int:
+    """Wait until nothing moves before the ranks do: a step ahead of them is announced. Returns the committed step."""
+    coordinator = cluster.keepers[0]._coordinator
+    assert coordinator is not None
+
+    def is_ahead() -> bool:
+        for rank in cluster.ranks.values():
+            rank.complete(cluster.step)
+        return coordinator.phase is Phase.FILLING and coordinator.step > cluster.step
+
+    wait_until(is_ahead, "a target ahead of all ranks")
     for node in cluster.keepers:
-        wait_until(lambda node=node: cluster.ask(node, "status")["committed_step"] >= step, f"node {node} at {step}")
+        wait_until(lambda node=node: cluster.ask(node, "status")["committed_step"] == coordinator.committed, f"node {node}")
+    return coordinator.committed
 
 
 @pytest.mark.parametrize("parity", [1, 2])
 def test_lost_nodes_are_rebuilt_by_the_keepers_that_took_their_place(start: Callable[..., Cluster], parity: int) -> None:
     cluster = start(4, parity=parity)
     cluster.enter(1)
-    step = cluster.train(until_committed=3)
-    cluster_is_quiet(cluster, step)
+    cluster.train(until_committed=3)
+    step = quiet(cluster)
     lost = [1, 2][:parity]
     for node in lost:
         cluster.keepers[node].close()
@@ -220,8 +232,8 @@ def test_lost_nodes_are_rebuilt_by_the_keepers_that_took_their_place(start: Call
 def test_a_survivor_whose_memory_is_damaged_cannot_pass_off_wrong_bytes(start: Callable[..., Cluster]) -> None:
     cluster = start(3, parity=1)
     cluster.enter(1)
-    step = cluster.train(until_committed=2)
-    cluster_is_quiet(cluster, step)
+    cluster.train(until_committed=2)
+    quiet(cluster)
     plan, _ = plan_restore([survey for survey in cluster.surveys() if survey.member.node != 1])
     assert plan is not None
     (rebuild,) = plan.rebuilds
@@ -263,8 +275,8 @@ def test_a_snapshot_that_outgrows_its_slot_gets_a_larger_one(start: Callable[...
     big.table = FragmentTable.from_rows([Fragment("model/w0", "uint8", (nbytes,), (0,), (nbytes,), 0, 0, nbytes)])
     cluster.ranks[0] = big
     before = cluster.step
-    step = cluster.train(until_committed=before + 4)
-    cluster_is_quiet(cluster, step)
+    cluster.train(until_committed=before + 4)
+    step = quiet(cluster)
     assert stored(cluster, 0, big, step) == big.bytes_at(step)
 
 
@@ -330,8 +342,8 @@ def test_a_damaged_piece_of_parity_is_refused(start: Callable[..., Cluster]) -> 
 def test_a_piece_of_parity_of_a_round_that_is_over_is_ignored(start: Callable[..., Cluster]) -> None:
     cluster = start(3, parity=2)
     cluster.enter(1)
-    step = cluster.train(until_committed=2)
-    cluster_is_quiet(cluster, step)
+    cluster.train(until_committed=2)
+    quiet(cluster)
     before = {name: bytes(slot.body[:64]) for name, slot in cluster.keepers[1].slots.items() if name.startswith("parity")}
     cluster.ask(1, "parity", b"x" * 64, crc=crc32c(b"x" * 64), step=1, index=0, round=0, row=1, offset=0, block_nbytes=64)
     assert {name: bytes(cluster.keepers[1].slots[name].body[:64]) for name in before} == before

@@ -263,6 +263,29 @@ def test_closing_the_server_ends_its_connections(peer: Peer, connection: Connect
         Connection(peer.tcp, TOKEN, timeout_s=30)
 
 
+def test_a_request_under_way_is_answered_before_the_server_closes(shm: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(verb: str, fields: Header, payload: memoryview) -> Header:
+        begun.set()
+        assert go_on.wait(30)
+        return {"said": "all"}
+
+    peer = Peer(shm, slow)
+    connection = Connection(peer.unix, TOKEN, timeout_s=30)
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(connection.ask("slow")))
+    asking.start()
+    assert begun.wait(30)
+    closing = threading.Thread(target=peer.server.close)
+    closing.start()
+    go_on.set()
+    asking.join()
+    closing.join()
+    assert answers == [{"said": "all"}]
+    connection.close()
+
+
 def test_refused_connections_are_said_in_the_log(peer: Peer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), peer.raw(AUTH, LENGTHS.pack(HEADER_LIMIT + 1, 0)):
         assert peer.ended.acquire(timeout=30)
