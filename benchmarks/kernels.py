@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -196,8 +196,10 @@ def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
             errors, worst, totals = [], [], []
             for tokens, targets in batches:
 
-                def loss_of(tokens: torch.Tensor = tokens, targets: torch.Tensor = targets) -> torch.Tensor:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
+                def loss_of(
+                    tokens: torch.Tensor = tokens, targets: torch.Tensor = targets, amp: bool = precision == "amp"
+                ) -> torch.Tensor:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                         return model(tokens, targets)  # type: ignore[no-any-return]
 
                 compressor = compress_activations(model, policy or ActPolicy(default=KEEP))
@@ -215,7 +217,10 @@ def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
                 bench.row(precision, name, "saved_vs_exact", "ratio", [total / exact for total in totals])
                 bench.row(precision, name, "gradient_error", "ratio", errors)
                 bench.row(precision, name, "gradient_error_worst_parameter", "ratio", worst)
-            bytes_of[f"{precision} {name}"], error_of[f"{precision} {name}"] = statistics.median(totals), statistics.median(errors)
+            bytes_of[f"{precision} {name}"], error_of[f"{precision} {name}"] = (
+                statistics.median(totals),
+                statistics.median(errors),
+            )
     own = amp_error(model, batches)
     bench.row("amp", "bf16 autocast itself", "gradient_error", "ratio", own)
     bench.goal("int8_bytes_vs_bf16", 0.55, bytes_of["amp int8"] / bytes_of["amp exact"])
@@ -293,7 +298,9 @@ def chunked(bench: Bench, *, quick: bool) -> None:
         "mxfp8": KVSpec(key=MXFP8, value=MXFP8),
     }
     for name, spec in specs.items():
-        result = chunked_backward(lambda piece, context: model(piece[0], piece[1], piece[2], context), pieces, ChunkKVStore(spec))
+        result = chunked_backward(
+            lambda piece, context: model(piece[0], piece[1], piece[2], context), pieces, ChunkKVStore(spec)
+        )
         error = float((gradients() - exact).norm() / exact.norm())
         newest = result.kv_exact_bytes / 4
         past = (result.kv_bytes - newest) / (result.kv_exact_bytes - newest)
@@ -402,7 +409,9 @@ def system(name: str, model: Stack) -> Iterator[AbstractContextManager[object]]:
     elif name in ("plain", "full checkpointing", "selective checkpointing"):
         yield nullcontext()
     else:
-        policy = mixed_policy() if "mixed" in name else ActPolicy(default=INT4, attention=INT4) if "int4" in name else ActPolicy()
+        policy = (
+            mixed_policy() if "mixed" in name else ActPolicy(default=INT4, attention=INT4) if "int4" in name else ActPolicy()
+        )
         yield compress_activations(model, policy, offload="cpu" if "offload" in name else None)
     model.checkpointed = None
 
@@ -447,7 +456,9 @@ def block_stack(bench: Bench, *, quick: bool) -> None:
                 bench.absent("llama stack", name, "step", "ms", str(error).splitlines()[0])
                 continue
         bench.row("llama stack", name, "step", "ms", [s * 1e3 for s in seconds[name]])
-        bench.row("llama stack", name, "step vs plain", "ratio", [s / statistics.median(seconds["plain"]) for s in seconds[name]])
+        bench.row(
+            "llama stack", name, "step vs plain", "ratio", [s / statistics.median(seconds["plain"]) for s in seconds[name]]
+        )
         bench.row("llama stack", name, "peak above weights", "GiB", [peak / 2**30])
         bench.row("llama stack", name, "peak per token-layer", "KiB", [peak / 2**10 / tokens / 4])
         torch.cuda.empty_cache()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 
 from holdfast.errors import ConfigError
 from holdfast.kernels.quant import INT8, Backend, Packed, QuantSpec, dequantize, quantize
@@ -37,7 +37,9 @@ def compressed_sdpa(
     forward. A mask that requires a gradient raises ConfigError; other masks are stored as they are.
     """
     if attn_mask is not None and attn_mask.requires_grad:
-        raise ConfigError("compressed_sdpa does not differentiate attn_mask; use scaled_dot_product_attention for a learned bias")
+        raise ConfigError(
+            "compressed_sdpa does not differentiate attn_mask; use scaled_dot_product_attention for a learned bias"
+        )
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     return _CompressedSDPA.apply(query, key, value, attn_mask, settings, (spec, key_spec or spec, spec), backend)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -58,7 +60,9 @@ class _CompressedSDPA(torch.autograd.Function):
         ctx.random_state = _random_state(query.device) if settings["dropout_p"] else None
         packed = [quantize(t, spec, backend=backend) for t, spec in zip((query, key, value), specs, strict=True)]
         # save_for_backward and not attributes: the graph frees it, and a second backward without retain_graph is an error.
-        ctx.layouts = [(p.spec, p.shape, p.dtype, len(p.parts), _memory_order(t)) for p, t in zip(packed, (query, key, value), strict=True)]
+        ctx.layouts = [
+            (p.spec, p.shape, p.dtype, len(p.parts), _memory_order(t)) for p, t in zip(packed, (query, key, value), strict=True)
+        ]
         ctx.save_for_backward(attn_mask, *(part for p in packed for part in p.parts))
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **settings)
 
@@ -73,14 +77,16 @@ class _CompressedSDPA(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with torch.enable_grad(), _replayed(ctx.random_state, tensors[0].device):
             leaves = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-            out = F.scaled_dot_product_attention(*leaves, attn_mask, **ctx.settings)
+            q, k, v = leaves
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, **ctx.settings)
             wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
             found = iter(torch.autograd.grad(out, wanted, grads[0]))
         return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
 def _memory_order(t: torch.Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(t.ndim), key=lambda d: -t.stride(d)))
+    strides = t.stride()
+    return tuple(sorted(range(t.ndim), key=lambda d: -strides[d]))
 
 
 def _in_order(t: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

@@ -86,7 +86,13 @@ def test_inductor_returns_the_bytes_of_the_reference(spec: QuantSpec) -> None:
 def test_interpreted_triton_returns_the_bytes_of_the_reference() -> None:
     """In a process of its own: Triton decides between compiling and interpreting when it is first imported."""
     root = str(Path(holdfast.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root, "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore", "HOLDFAST_TRITON_CASES": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "TRITON_INTERPRET": "1",
+        "PYTHONWARNINGS": "ignore",
+        "HOLDFAST_TRITON_CASES": "1",
+    }
     result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=110)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"{len(BLOCK_SPECS) * 3} cases" in result.stdout

@@ -45,7 +45,7 @@ def compile_hooks(policy: ActPolicy | None = None) -> tuple[torch.fx.GraphModule
 
 
 class _CompiledHooks:
-    """Pack returns the tensor as it is, or (dtype, shape, memory order, codes, scales[, minima]); unpack gets what pack returned."""
+    """Pack returns the tensor as it is, or (dtype, shape, memory order, codes, scales[, minima]); unpack gets just that."""
 
     def __init__(self, spec: QuantSpec, min_bytes: int) -> None:
         self._spec, self._min_bytes = spec, min_bytes
@@ -88,12 +88,14 @@ def _origin(node: torch.fx.Node) -> str:
 
 def _is_statistic(node: torch.fx.Node | None, op: str) -> bool:
     """Attention's logsumexp and random state, a norm's mean and rstd: every output but the first."""
-    picked = node is not None and node.target is operator.getitem and node.args[1] != 0
-    return picked and (is_attention(op) or "norm" in op)
+    if node is None or node.target is not operator.getitem:
+        return False
+    return bool(node.args[1] != 0) and (is_attention(op) or "norm" in op)
 
 
 def _memory_order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda d: -strides[d])
 
 
 def _as_graph(function: Any) -> torch.fx.GraphModule:

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import ConfigError
 from holdfast.kernels._torch_private import checkpoint_is_saving, storage_key, without_torch_function
-from holdfast.kernels.activations.host import HostPacked, HostTier
-from holdfast.kernels.activations.images import Dims, Image, Images, Part, region_of
-from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, is_attention, parse_bytes
+from holdfast.kernels.activations.host import HostTier
+from holdfast.kernels.activations.images import Dims, Images, Part, region_of
+from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, parse_bytes
 from holdfast.kernels.activations.provenance import is_weight, model_storages
 from holdfast.kernels.activations.stats import Report, Stats
 from holdfast.kernels.attention import compressed_sdpa
@@ -70,7 +70,7 @@ def compress_activations(
     in the next forward. `check_inplace` raises where autograd would have: a tensor changed in place after it was saved.
 
     Inside torch.utils.checkpoint the context stands aside (its hooks would disarm the checkpoint); around a checkpoint it packs
-    the boundary. Under torch.compile use `compile_hooks`. Related: Mesa (arXiv:2111.11124), ActNN (2104.14129), GACT (2206.11357).
+    the boundary. Under torch.compile use `compile_hooks`. After Mesa (arXiv:2111.11124), ActNN (2104.14129), GACT (2206.11357).
     """
     return Compressor(
         model,
@@ -150,6 +150,7 @@ class Compressor:
 
     def wrap(self) -> None:
         """Enters this context around every call of the model."""
+        self._where.watch(self.model)  # once, for good: hooks cannot be removed while a failing forward runs through them
         before = self.model.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True)
         after = self.model.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
         self._wrapping += [before, after]
@@ -158,6 +159,7 @@ class Compressor:
         """Undoes `wrap`."""
         while self._wrapping:
             self._wrapping.pop().remove()
+        self._where.unwatch()
 
     def report(self) -> Report:
         """Bytes before and after since the last `stats.reset()`, by module and operation."""
@@ -222,14 +224,14 @@ class Compressor:
 
     def _store(self, t: torch.Tensor, region: Dims, action: Action, module: str, op: str) -> _Packed:
         image = self._images.of(t)
-        part = image.find(t.storage_offset(), region)
+        part = image.find(int(t.storage_offset()), region)
         if part is not None:
             self.stats.aliases += 1
             return _Packed(self, part, t)
         sizes, strides = zip(*region, strict=True)
         dense = t.as_strided(sizes, strides, t.storage_offset()).contiguous()
         payload, restore = self._pack_dense(t, dense, action, module, op)
-        part = image.add(t.storage_offset(), region, restore)
+        part = image.add(int(t.storage_offset()), region, restore)
         tally = self._count(part, module, op, dense.nbytes, payload)
         self._stream += 1
         if self._sample and (self._stream * 0x9E3779B1 & 0xFFFFFFFF) < self._sample * 2**32 and dense.is_floating_point():
@@ -302,7 +304,7 @@ class _Packed(_Saved):
 
     def __init__(self, owner: Compressor, part: Part, t: torch.Tensor) -> None:
         self._owner, self._part = owner, part
-        self._shape, self._strides, self._offset = tuple(t.shape), t.stride(), t.storage_offset()
+        self._shape, self._strides, self._offset = tuple(t.shape), t.stride(), int(t.storage_offset())
         self._original, self._version = ref(t), t._version
 
     def tensor(self) -> torch.Tensor:
@@ -328,7 +330,11 @@ def _relaxed(action: Action, levels: int) -> Action:
 
 
 def _fitting(spec: RunningSpec, width: int) -> RunningSpec:
-    return spec if width % spec.heads == 0 else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
+    return (
+        spec
+        if width % spec.heads == 0
+        else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
+    )
 
 
 class _Where:
@@ -343,6 +349,20 @@ class _Where:
         self._arguments: tuple[Any, ...] = ()
         self._keywords: Mapping[str, Any] = {}
         self._slots: dict[tuple[str, str], int] = {}
+        self._hooks: list[Any] = []
+
+    def watch(self, model: torch.nn.Module) -> None:
+        for module in model.modules():
+            self._hooks.append(module.register_forward_pre_hook(self.enter_module, prepend=True))
+            self._hooks.append(module.register_forward_hook(self.leave_module, always_call=True))
+
+    def unwatch(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @property
+    def is_watching(self) -> bool:
+        return bool(self._hooks)
 
     @property
     def module(self) -> str:
@@ -412,22 +432,21 @@ class _Scope:
     """Everything that is installed while the context is open, taken down in reverse."""
 
     def __init__(self, owner: Compressor) -> None:
-        self._owner, where = owner, owner._where
+        self._owner, self._where = owner, owner._where
         self._hooks = torch.autograd.graph.saved_tensors_hooks(owner.pack, owner.unpack)
-        self._mode = _Mode(where)
-        self._handles: list[Any] = []
+        self._mode = _Mode(owner._where)
+        self._watches = False
 
     def enter(self) -> None:
-        where = self._owner._where
-        for module in self._owner.model.modules():
-            self._handles.append(module.register_forward_pre_hook(where.enter_module, prepend=True))
-            self._handles.append(module.register_forward_hook(where.leave_module, always_call=True))
-        self._mode.__enter__()
+        if not self._where.is_watching:
+            self._where.watch(self._owner.model)
+            self._watches = True
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._hooks.__enter__()
 
     def exit(self) -> None:
         self._hooks.__exit__()
-        self._mode.__exit__(None, None, None)
-        for handle in self._handles:
-            handle.remove()
-        self._owner._where.modules.clear()
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self._watches:
+            self._where.unwatch()
+        self._where.modules.clear()

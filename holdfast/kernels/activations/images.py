@@ -24,9 +24,7 @@ def region_of(t: torch.Tensor) -> Dims | None:
 
     Views that cover the same memory in another shape or order have equal regions. Expanded dimensions count once.
     """
-    dims = sorted(
-        ((n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1 and s != 0), key=lambda d: -d[1]
-    )
+    dims = sorted(((n, s) for n, s in zip(t.shape, t.stride(), strict=True) if n != 1 and s != 0), key=lambda d: -d[1])
     merged: list[tuple[int, int]] = []
     for size, stride in dims:
         if merged and merged[-1][1] < size * stride:

@@ -71,7 +71,7 @@ class Stats:
     def reset(self) -> None:
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.aliases = self.weights = self.live = self.peak_live = self.on_host = 0
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def stored(self, module: str, op: str, before: int, after: int) -> Tally:
@@ -89,8 +89,7 @@ class Stats:
     def report(self) -> Report:
         """The counters as one value. Waits for the device if gradient errors were sampled."""
         rows = tuple(
-            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors))
-            for (module, op), t in sorted(self.tallies.items())
+            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors)) for (module, op), t in sorted(self.tallies.items())
         )
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "reference", "inductor", "triton"]
 
 
-def quantize(
-    x: torch.Tensor, spec: QuantSpec = INT8, *, seed: int = 0, stream: int = 0, backend: Backend = "auto"
-) -> Packed:
+def quantize(x: torch.Tensor, spec: QuantSpec = INT8, *, seed: int = 0, stream: int = 0, backend: Backend = "auto") -> Packed:
     """`x` (float32, bfloat16, float16; bool for `mask1`) packed by `spec`. Never writes to `x` and keeps no reference to it.
 
     `seed` (64 bits) and `stream` (32 bits, one per tensor) feed stochastic rounding and are ignored otherwise. With
@@ -42,7 +40,7 @@ def quantize(
 
 
 def dequantize(packed: Packed, *, backend: Backend = "auto") -> torch.Tensor:
-    """A new contiguous tensor of the packed shape and dtype. Blocks that were packed with NaN or infinity are NaN throughout."""
+    """A new contiguous tensor of the packed shape and dtype. Blocks packed with NaN or infinity are NaN throughout."""
     return _engine(backend, packed.device, packed.spec).dequantize(packed)  # type: ignore[no-any-return]
 
 

@@ -40,9 +40,7 @@ def dequantize(packed: Packed) -> torch.Tensor:
     return join(values, plan, packed.shape)
 
 
-def encode_blocks(
-    blocks: torch.Tensor, valid: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec
-) -> Encoded:
+def encode_blocks(blocks: torch.Tensor, valid: torch.Tensor | None, noise: torch.Tensor | None, spec: QuantSpec) -> Encoded:
     """Packed code bytes (n_blocks, bytes), scales and minima (n_blocks,) of (n_blocks, block) values."""
     if spec.kind == "mask1":
         return _encode_mask(blocks, valid)
@@ -82,7 +80,7 @@ def decode_blocks(
 
 
 def _amax_bits(x: torch.Tensor) -> torch.Tensor:
-    """Bit pattern of each block's largest magnitude. As integers, so that NaN counts as larger than infinity on every device."""
+    """Bit pattern of each block's largest magnitude. As integers, so that NaN is larger than infinity on every device."""
     return (b.float_bits(x) & b.ABS_MASK).amax(dim=1)
 
 

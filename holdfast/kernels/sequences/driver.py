@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 
 from holdfast.errors import ConfigError
 from holdfast.kernels.sequences.store import ChunkKVStore
@@ -74,8 +74,8 @@ def chunked_backward(
 ) -> ChunkedResult:
     """Adds to `.grad` the gradient of the sum of `loss_of(chunk, context)` over all chunks, as one backward of the whole would.
 
-    `loss_of` runs the model on one chunk and returns a scalar; its attention layers take past tokens from `context`. It is called
-    twice per chunk, with the same random state. With an exact store the gradient is that of the full sequence up to rounding.
+    `loss_of` runs the model on one chunk and returns a scalar; its attention layers take past tokens from `context`. It is
+    called twice per chunk, with the same random state. With an exact store the gradient is that of the full sequence up to rounding.
 
     `keep` < 1 is SpaCO's sparse mode: each chunk is backpropagated with that probability, and what it sends is divided by it,
     which makes the gradient unbiased. Chunks left out are not recomputed. `selected` gives the chunks instead of drawing them.
@@ -85,7 +85,9 @@ def chunked_backward(
     if not 0.0 < keep <= 1.0:
         raise ConfigError(f"keep is the probability of a chunk, in (0, 1]; got {keep}")
     store = store or ChunkKVStore()
-    order = sorted(set(range(len(chunks)) if keep == 1.0 else _draw(len(chunks), keep, seed)) if selected is None else set(selected))
+    order = sorted(
+        set(range(len(chunks)) if keep == 1.0 else _draw(len(chunks), keep, seed)) if selected is None else set(selected)
+    )
     if order and not 0 <= order[0] <= order[-1] < len(chunks):
         raise ConfigError(f"selected names chunks {order}; there are {len(chunks)}")
     loss, states, exact_bytes = _forward_sweep(loss_of, chunks, store)
@@ -134,9 +136,7 @@ def _backward_sweep(
             store.drop(number)
 
 
-def _collect(
-    context: ChunkContext, waiting: dict[Hashable, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
-) -> None:
+def _collect(context: ChunkContext, waiting: dict[Hashable, tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype) -> None:
     for layer, past in context.past.items():
         found = [torch.zeros_like(t) if t.grad is None else t.grad for t in past]
         if layer not in waiting:
