@@ -47,14 +47,15 @@ from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, KVSpec, chunk
 MESA = RunningSpec(heads=4, clamp=False)
 POLICIES: dict[str, ActPolicy | None] = {
     "exact": None,
-    "mesa as published": ActPolicy(default=MESA, keep_heads=False, keep_losses=False),
-    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), keep_heads=False, keep_losses=False),
+    "mesa as published": ActPolicy(default=MESA, attention=None, keep_heads=False, keep_losses=False),
+    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), attention=None, keep_heads=False, keep_losses=False),
     "int8": ActPolicy(),
     "int4, attention rebuilt at int4": ActPolicy(default=INT4, attention=INT4),
     "mixed int4/int8": mixed_policy(),
-    "int8, fp32 scales": ActPolicy(default=QuantSpec(scale="fp32")),
-    "mxint8": ActPolicy(default=MXINT8),
-    "mxfp8": ActPolicy(default=MXFP8),
+    "int8, attention not rebuilt": ActPolicy(attention=None),
+    "int8, fp32 scales": ActPolicy(default=QuantSpec(scale="fp32"), attention=QuantSpec(scale="fp32")),
+    "mxint8": ActPolicy(default=MXINT8, attention=MXINT8),
+    "mxfp8": ActPolicy(default=MXFP8, attention=MXFP8),
 }
 
 
@@ -175,7 +176,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 

@@ -98,7 +98,7 @@ def test_int8_halves_what_bf16_would_hold_with_error_of_the_size_of_bf16s_own(mo
 
 def test_what_several_operations_save_is_stored_once(model: GPT) -> None:
     """Attention's output and the out layer's input are two views of one storage; gelu's input is the up layer's output."""
-    compressor = compress_activations(model, ActPolicy(min_bytes=1024))
+    compressor = compress_activations(model, ActPolicy(min_bytes=1024, attention=None))
     with compressor:
         loss = model(TOKENS)
     assert not rows(compressor, "linear") or all(row.module != "blocks.0.out" for row in rows(compressor, "linear"))
@@ -112,6 +112,32 @@ def test_what_several_operations_save_is_stored_once(model: GPT) -> None:
     del loss
     assert before > 0
     assert compressor.stats.live == 0  # backward let everything go
+
+
+def test_rebuilt_attention_counts_what_sdpa_would_have_saved(model: GPT) -> None:
+    totals = {}
+    for attention in (None, INT8):
+        compressor = compress_activations(model, ActPolicy(min_bytes=1024, attention=attention))
+        with compressor:
+            loss = model(TOKENS)
+        totals[attention] = compressor.report()
+        loss.backward()
+        del loss
+        assert compressor.stats.live == 0
+    assert totals[INT8].bytes_before == totals[None].bytes_before
+    assert totals[INT8].bytes_after < totals[None].bytes_after  # no logsumexp
+
+
+def test_rebuilt_attention_is_closer_than_an_exact_logsumexp(model: GPT) -> None:
+    with torch.no_grad():
+        for block in model.blocks:
+            block.qkv.weight.mul_(4.0)  # sharp attention, as after training
+    errors = [
+        gradient_error(model, lambda: model(TOKENS), compress_activations(model, ActPolicy(min_bytes=1024, attention=a)))
+        for a in (None, INT8)
+    ]
+    assert all(e.loss_is_equal for e in errors)
+    assert errors[1].total < 0.7 * errors[0].total
 
 
 def test_weights_are_answered_by_themselves_and_not_counted(model: GPT) -> None:
@@ -148,7 +174,7 @@ def test_rules_choose_by_module_and_operation(model: GPT) -> None:
 
 
 def test_attention_never_goes_below_8_bits_beside_an_exact_logsumexp(model: GPT) -> None:
-    policy = ActPolicy(default=INT4, min_bytes=4096)
+    policy = ActPolicy(default=INT4, min_bytes=4096, attention=None)
     assert policy.action("blocks.0", "scaled_dot_product_attention") == INT8
     assert policy.action("blocks.0", "linear") == INT4
     assert ActPolicy(rules=(Rule(action=INT4),)).action("x", "flash_attn_func") == INT8

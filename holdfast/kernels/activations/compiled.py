@@ -30,12 +30,12 @@ def compile_hooks(policy: ActPolicy | None = None) -> tuple[torch.fx.GraphModule
 
     The context must surround the first call, when the graph is made. Only intermediates of the graph are packed (torch's
     filter mode "donated"), so weights and inputs stay out. A compiled graph has no module names: of the policy, `default` and
-    `min_bytes` are used, rules are not (ConfigError). Attention statistics, reductions and small tensors stay exact, and
-    attention's tensors take 8 bits at least.
+    `min_bytes` are used, rules are not (ConfigError), and attention is not rebuilt. Attention statistics, reductions and small
+    tensors stay exact, attention's tensors take 8 bits at least, and the head's input cannot be told from any other.
     """
     policy = policy or ActPolicy()
-    if policy.rules or policy.attention is not None:
-        raise ConfigError("compiled graphs have no module names: give compile_hooks a policy without rules and attention")
+    if policy.rules:
+        raise ConfigError("compiled graphs have no module names: give compile_hooks a policy without rules")
     if not isinstance(policy.default, QuantSpec) or policy.default.axis is not None:
         raise ConfigError(f"compile_hooks needs a QuantSpec without axis as default; got {policy.default}")
     if policy.default.rounding != "nearest":

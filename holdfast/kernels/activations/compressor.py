@@ -200,7 +200,7 @@ class Compressor:
             if action == KEEP or region is None:
                 kept = _Kept(self, t, None)
                 if t.numel():
-                    self._count(kept, module, op, t.nbytes, t.nbytes)
+                    self._count(kept, module, op, 0 if op == "compressed_sdpa" else t.nbytes, t.nbytes)
                     self._kept[key] = kept
                 return kept
             return self._store(t, region, action, module, op)
@@ -389,13 +389,24 @@ class _Where:
         if self.op == "linear" and _storage_in(self._weight_argument(), self.embeddings):
             self.op = "output_head"  # logits from the embedding's own weight, often without a module of their own
         try:
-            spec = self._owner.policy.attention
             # Not in a checkpointed region: its recomputation runs outside of this mode and has to save the same tensors.
-            if spec is not None and self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
-                return compressed_sdpa(*args, **kwargs, spec=spec, backend=self._owner.backend)
+            if self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
+                spec = self._owner.policy.rebuilt_attention(self.module)
+                if spec is not None and self.module not in self._owner.backed_off:
+                    return self._rebuilt_attention(spec, *args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.op, self._arguments, self._keywords = outer
+
+    def _rebuilt_attention(self, spec: QuantSpec, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.op = "compressed_sdpa"
+        out = compressed_sdpa(*args, **kwargs, spec=spec, backend=self._owner.backend)
+        if out.requires_grad:
+            # What SDPA would have saved; its out is counted where the next layer saves it, the codes where they are kept.
+            inputs = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
+            logsumexp = 4 * out.numel() // max(out.shape[-1], 1)
+            self._owner.stats.replaced(self.module, self.op, logsumexp + sum(t.nbytes for t in inputs))
+        return out
 
     def is_weight(self, t: torch.Tensor) -> bool:
         if is_weight(t, self.weights):

@@ -83,6 +83,10 @@ class Stats:
         self.peak_live = max(self.peak_live, self.live)
         return tally
 
+    def replaced(self, module: str, op: str, before: int) -> None:
+        """An operation stored its inputs itself: `before` is what it would have saved."""
+        self.tallies.setdefault((module, op), Tally()).before += before
+
     def released(self, nbytes: int) -> None:
         self.live -= nbytes
 
