@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -47,14 +47,15 @@ from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, KVSpec, chunk
 MESA = RunningSpec(heads=4, clamp=False)
 POLICIES: dict[str, ActPolicy | None] = {
     "exact": None,
-    "mesa as published": ActPolicy(default=MESA, keep_heads=False, keep_losses=False),
-    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), keep_heads=False, keep_losses=False),
+    "mesa as published": ActPolicy(default=MESA, attention=None, keep_heads=False, keep_losses=False),
+    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), attention=None, keep_heads=False, keep_losses=False),
     "int8": ActPolicy(),
     "int4, attention rebuilt at int4": ActPolicy(default=INT4, attention=INT4),
     "mixed int4/int8": mixed_policy(),
-    "int8, fp32 scales": ActPolicy(default=QuantSpec(scale="fp32")),
-    "mxint8": ActPolicy(default=MXINT8),
-    "mxfp8": ActPolicy(default=MXFP8),
+    "int8, attention not rebuilt": ActPolicy(attention=None),
+    "int8, fp32 scales": ActPolicy(default=QuantSpec(scale="fp32"), attention=QuantSpec(scale="fp32")),
+    "mxint8": ActPolicy(default=MXINT8, attention=MXINT8),
+    "mxfp8": ActPolicy(default=MXFP8, attention=MXFP8),
 }
 
 
@@ -175,7 +176,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -196,8 +197,10 @@ def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
             errors, worst, totals = [], [], []
             for tokens, targets in batches:
 
-                def loss_of(tokens: torch.Tensor = tokens, targets: torch.Tensor = targets) -> torch.Tensor:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
+                def loss_of(
+                    tokens: torch.Tensor = tokens, targets: torch.Tensor = targets, amp: bool = precision == "amp"
+                ) -> torch.Tensor:
+                    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
                         return model(tokens, targets)  # type: ignore[no-any-return]
 
                 compressor = compress_activations(model, policy or ActPolicy(default=KEEP))

@@ -30,7 +30,7 @@ class StorageWatch:
     __slots__ = ("_weak", "key")
 
     def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._weak = StorageWeakRef(storage)
+        self._weak = StorageWeakRef(storage)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.key = storage_key(storage)
 
     def get(self) -> torch.UntypedStorage | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 
 from holdfast.errors import ConfigError
 from holdfast.kernels.quant import INT8, Backend, Packed, QuantSpec, dequantize, quantize
@@ -77,14 +77,16 @@ class _CompressedSDPA(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with torch.enable_grad(), _replayed(ctx.random_state, tensors[0].device):
             leaves = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
-            out = F.scaled_dot_product_attention(*leaves, attn_mask, **ctx.settings)
+            q, k, v = leaves
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask, **ctx.settings)
             wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
             found = iter(torch.autograd.grad(out, wanted, grads[0]))
         return (*(next(found) if need else None for need in needs), None, None, None, None)
 
 
 def _memory_order(t: torch.Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(t.ndim), key=lambda d: -t.stride(d)))
+    strides = t.stride()
+    return tuple(sorted(range(t.ndim), key=lambda d: -strides[d]))
 
 
 def _in_order(t: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:

@@ -1,5 +1,4 @@
-"""Snapshots in few bits with a bound on every value: for replicas of last resort, never for the state that training resumes from
-by default.
+"""Snapshots in few bits with a bound on every value: for replicas of last resort, never what training resumes from by default.
 
 Adam's second moment spans many orders of magnitude within a block and is used as a divisor: rounded linearly, its small entries
 become zero and the first step after a restore is enormous (300 times the loss error in our test). Its square root is rounded
@@ -68,7 +67,10 @@ def encode_lossy(x: torch.Tensor, spec: LossySpec) -> LossyTensor:
     block = spec.quant.block
     assert block is not None
     exact, found = (_blocks(t, block) for t in (flat, _decode(packed, spec, x.dtype)))
-    root = (lambda t: t.float().sqrt()) if spec.sqrt else (lambda t: t.float())
+
+    def root(t: torch.Tensor) -> torch.Tensor:
+        return t.float().sqrt() if spec.sqrt else t.float()
+
     allowed = spec.bound * root(exact).abs().amax(dim=1)
     within = (root(exact) - root(found)).abs().amax(dim=1) <= allowed  # False for NaN
     raw = (~within).nonzero().reshape(-1)

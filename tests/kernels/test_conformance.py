@@ -18,6 +18,11 @@ class TestCompressor(SaverConformance):
         return compress_activations(model, ActPolicy(min_bytes=4096))
 
 
+class TestCompressorBesideExactLogsumexp(SaverConformance):
+    def saver(self, model: nn.Module) -> AbstractContextManager[object]:
+        return compress_activations(model, ActPolicy(min_bytes=4096, attention=None))
+
+
 class TestOffloadedCompressor(SaverConformance):
     def saver(self, model: nn.Module) -> AbstractContextManager[object]:
         return compress_activations(model, ActPolicy(min_bytes=4096), offload="cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

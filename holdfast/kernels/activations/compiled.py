@@ -30,12 +30,12 @@ def compile_hooks(policy: ActPolicy | None = None) -> tuple[torch.fx.GraphModule
 
     The context must surround the first call, when the graph is made. Only intermediates of the graph are packed (torch's
     filter mode "donated"), so weights and inputs stay out. A compiled graph has no module names: of the policy, `default` and
-    `min_bytes` are used, rules are not (ConfigError). Attention statistics, reductions and small tensors stay exact, and
-    attention's tensors take 8 bits at least.
+    `min_bytes` are used, rules are not (ConfigError), and attention is not rebuilt. Attention statistics, reductions and small
+    tensors stay exact, attention's tensors take 8 bits at least, and the head's input cannot be told from any other.
     """
     policy = policy or ActPolicy()
-    if policy.rules or policy.attention is not None:
-        raise ConfigError("compiled graphs have no module names: give compile_hooks a policy without rules and attention")
+    if policy.rules:
+        raise ConfigError("compiled graphs have no module names: give compile_hooks a policy without rules")
     if not isinstance(policy.default, QuantSpec) or policy.default.axis is not None:
         raise ConfigError(f"compile_hooks needs a QuantSpec without axis as default; got {policy.default}")
     if policy.default.rounding != "nearest":
@@ -45,7 +45,7 @@ def compile_hooks(policy: ActPolicy | None = None) -> tuple[torch.fx.GraphModule
 
 
 class _CompiledHooks:
-    """Pack returns the tensor as it is, or (dtype, shape, memory order, codes, scales[, minima]); unpack gets what pack returned."""
+    """Pack returns the tensor as it is, or (dtype, shape, memory order, codes, scales[, minima]); unpack gets just that."""
 
     def __init__(self, spec: QuantSpec, min_bytes: int) -> None:
         self._spec, self._min_bytes = spec, min_bytes
@@ -88,12 +88,14 @@ def _origin(node: torch.fx.Node) -> str:
 
 def _is_statistic(node: torch.fx.Node | None, op: str) -> bool:
     """Attention's logsumexp and random state, a norm's mean and rstd: every output but the first."""
-    picked = node is not None and node.target is operator.getitem and node.args[1] != 0
-    return picked and (is_attention(op) or "norm" in op)
+    if node is None or node.target is not operator.getitem:
+        return False
+    return bool(node.args[1] != 0) and (is_attention(op) or "norm" in op)
 
 
 def _memory_order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.ndim), key=lambda d: -x.stride(d))
+    strides = x.stride()
+    return sorted(range(x.ndim), key=lambda d: -strides[d])
 
 
 def _as_graph(function: Any) -> torch.fx.GraphModule:

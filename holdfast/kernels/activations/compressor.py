@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import ConfigError
 from holdfast.kernels._torch_private import checkpoint_is_saving, storage_key, without_torch_function
-from holdfast.kernels.activations.host import HostPacked, HostTier
-from holdfast.kernels.activations.images import Dims, Image, Images, Part, region_of
-from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, is_attention, parse_bytes
+from holdfast.kernels.activations.host import HostTier
+from holdfast.kernels.activations.images import Dims, Images, Part, region_of
+from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, parse_bytes
 from holdfast.kernels.activations.provenance import is_weight, model_storages
 from holdfast.kernels.activations.stats import Report, Stats
 from holdfast.kernels.attention import compressed_sdpa
@@ -70,7 +70,7 @@ def compress_activations(
     in the next forward. `check_inplace` raises where autograd would have: a tensor changed in place after it was saved.
 
     Inside torch.utils.checkpoint the context stands aside (its hooks would disarm the checkpoint); around a checkpoint it packs
-    the boundary. Under torch.compile use `compile_hooks`. Related: Mesa (arXiv:2111.11124), ActNN (2104.14129), GACT (2206.11357).
+    the boundary. Under torch.compile use `compile_hooks`. After Mesa (arXiv:2111.11124), ActNN (2104.14129), GACT (2206.11357).
     """
     return Compressor(
         model,
@@ -150,6 +150,7 @@ class Compressor:
 
     def wrap(self) -> None:
         """Enters this context around every call of the model."""
+        self._where.watch(self.model)  # once, for good: hooks cannot be removed while a failing forward runs through them
         before = self.model.register_forward_pre_hook(lambda *_: self.__enter__() and None, prepend=True)
         after = self.model.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
         self._wrapping += [before, after]
@@ -158,6 +159,7 @@ class Compressor:
         """Undoes `wrap`."""
         while self._wrapping:
             self._wrapping.pop().remove()
+        self._where.unwatch()
 
     def report(self) -> Report:
         """Bytes before and after since the last `stats.reset()`, by module and operation."""
@@ -198,7 +200,7 @@ class Compressor:
             if action == KEEP or region is None:
                 kept = _Kept(self, t, None)
                 if t.numel():
-                    self._count(kept, module, op, t.nbytes, t.nbytes)
+                    self._count(kept, module, op, 0 if op == "compressed_sdpa" else t.nbytes, t.nbytes)
                     self._kept[key] = kept
                 return kept
             return self._store(t, region, action, module, op)
@@ -222,14 +224,14 @@ class Compressor:
 
     def _store(self, t: torch.Tensor, region: Dims, action: Action, module: str, op: str) -> _Packed:
         image = self._images.of(t)
-        part = image.find(t.storage_offset(), region)
+        part = image.find(int(t.storage_offset()), region)
         if part is not None:
             self.stats.aliases += 1
             return _Packed(self, part, t)
         sizes, strides = zip(*region, strict=True)
         dense = t.as_strided(sizes, strides, t.storage_offset()).contiguous()
         payload, restore = self._pack_dense(t, dense, action, module, op)
-        part = image.add(t.storage_offset(), region, restore)
+        part = image.add(int(t.storage_offset()), region, restore)
         tally = self._count(part, module, op, dense.nbytes, payload)
         self._stream += 1
         if self._sample and (self._stream * 0x9E3779B1 & 0xFFFFFFFF) < self._sample * 2**32 and dense.is_floating_point():
@@ -302,7 +304,7 @@ class _Packed(_Saved):
 
     def __init__(self, owner: Compressor, part: Part, t: torch.Tensor) -> None:
         self._owner, self._part = owner, part
-        self._shape, self._strides, self._offset = tuple(t.shape), t.stride(), t.storage_offset()
+        self._shape, self._strides, self._offset = tuple(t.shape), t.stride(), int(t.storage_offset())
         self._original, self._version = ref(t), t._version
 
     def tensor(self) -> torch.Tensor:
@@ -347,6 +349,20 @@ class _Where:
         self._arguments: tuple[Any, ...] = ()
         self._keywords: Mapping[str, Any] = {}
         self._slots: dict[tuple[str, str], int] = {}
+        self._hooks: list[Any] = []
+
+    def watch(self, model: torch.nn.Module) -> None:
+        for module in model.modules():
+            self._hooks.append(module.register_forward_pre_hook(self.enter_module, prepend=True))
+            self._hooks.append(module.register_forward_hook(self.leave_module, always_call=True))
+
+    def unwatch(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @property
+    def is_watching(self) -> bool:
+        return bool(self._hooks)
 
     @property
     def module(self) -> str:
@@ -373,13 +389,24 @@ class _Where:
         if self.op == "linear" and _storage_in(self._weight_argument(), self.embeddings):
             self.op = "output_head"  # logits from the embedding's own weight, often without a module of their own
         try:
-            spec = self._owner.policy.attention
             # Not in a checkpointed region: its recomputation runs outside of this mode and has to save the same tensors.
-            if spec is not None and self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
-                return compressed_sdpa(*args, **kwargs, spec=spec, backend=self._owner.backend)
+            if self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
+                spec = self._owner.policy.rebuilt_attention(self.module)
+                if spec is not None and self.module not in self._owner.backed_off:
+                    return self._rebuilt_attention(spec, *args, **kwargs)
             return func(*args, **kwargs)
         finally:
             self.op, self._arguments, self._keywords = outer
+
+    def _rebuilt_attention(self, spec: QuantSpec, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.op = "compressed_sdpa"
+        out = compressed_sdpa(*args, **kwargs, spec=spec, backend=self._owner.backend)
+        if out.requires_grad:
+            # What SDPA would have saved; its out is counted where the next layer saves it, the codes where they are kept.
+            inputs = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
+            logsumexp = 4 * out.numel() // max(out.shape[-1], 1)
+            self._owner.stats.replaced(self.module, self.op, logsumexp + sum(t.nbytes for t in inputs))
+        return out
 
     def is_weight(self, t: torch.Tensor) -> bool:
         if is_weight(t, self.weights):
@@ -416,22 +443,21 @@ class _Scope:
     """Everything that is installed while the context is open, taken down in reverse."""
 
     def __init__(self, owner: Compressor) -> None:
-        self._owner, where = owner, owner._where
+        self._owner, self._where = owner, owner._where
         self._hooks = torch.autograd.graph.saved_tensors_hooks(owner.pack, owner.unpack)
-        self._mode = _Mode(where)
-        self._handles: list[Any] = []
+        self._mode = _Mode(owner._where)
+        self._watches = False
 
     def enter(self) -> None:
-        where = self._owner._where
-        for module in self._owner.model.modules():
-            self._handles.append(module.register_forward_pre_hook(where.enter_module, prepend=True))
-            self._handles.append(module.register_forward_hook(where.leave_module, always_call=True))
-        self._mode.__enter__()
+        if not self._where.is_watching:
+            self._where.watch(self._owner.model)
+            self._watches = True
+        self._mode.__enter__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._hooks.__enter__()
 
     def exit(self) -> None:
         self._hooks.__exit__()
-        self._mode.__exit__(None, None, None)
-        for handle in self._handles:
-            handle.remove()
-        self._owner._where.modules.clear()
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self._watches:
+            self._where.unwatch()
+        self._where.modules.clear()

@@ -71,7 +71,7 @@ class Stats:
     def reset(self) -> None:
         self.tallies: dict[tuple[str, str], Tally] = {}
         self.aliases = self.weights = self.live = self.peak_live = self.on_host = 0
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
     def stored(self, module: str, op: str, before: int, after: int) -> Tally:
@@ -82,6 +82,10 @@ class Stats:
         self.live += after
         self.peak_live = max(self.peak_live, self.live)
         return tally
+
+    def replaced(self, module: str, op: str, before: int) -> None:
+        """An operation stored its inputs itself: `before` is what it would have saved."""
+        self.tallies.setdefault((module, op), Tally()).before += before
 
     def released(self, nbytes: int) -> None:
         self.live -= nbytes

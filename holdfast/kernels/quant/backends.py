@@ -40,7 +40,7 @@ def quantize(x: torch.Tensor, spec: QuantSpec = INT8, *, seed: int = 0, stream: 
 
 
 def dequantize(packed: Packed, *, backend: Backend = "auto") -> torch.Tensor:
-    """A new contiguous tensor of the packed shape and dtype. Blocks that were packed with NaN or infinity are NaN throughout."""
+    """A new contiguous tensor of the packed shape and dtype. Blocks packed with NaN or infinity are NaN throughout."""
     return _engine(backend, packed.device, packed.spec).dequantize(packed)  # type: ignore[no-any-return]
 
 

@@ -96,7 +96,7 @@ def blocking(shape: tuple[int, ...], spec: QuantSpec) -> Blocking:
 
 
 def cut(x: torch.Tensor, plan: Blocking) -> torch.Tensor:
-    """The elements of `x` as (n_blocks, block). Padding repeats each row's last element, so it changes no minimum or maximum."""
+    """The elements of `x` as (n_blocks, block). Padding repeats each row's last element: it changes no minimum or maximum."""
     rows = (x if plan.order is None else x.permute(plan.order)).reshape(plan.rows, plan.row_len)
     pad = plan.blocks_per_row * plan.block - plan.row_len
     if pad and rows.numel():

@@ -26,7 +26,7 @@ def philox_4x32(
 
 
 def uniform(n_elements: int, seed: int, stream: int, device: torch.device) -> torch.Tensor:
-    """`n_elements` float32 in [0, 1), 24 random bits each. Element i takes word i % 4 of counter (i // 4, i >> 34, stream, 0)."""
+    """`n_elements` float32 in [0, 1) of 24 random bits. Element i takes word i % 4 of counter (i // 4, i >> 34, stream, 0)."""
     quads = torch.arange(-(-n_elements // 4), device=device, dtype=torch.int64)
     zero = torch.zeros_like(quads)
     words = philox_4x32((quads & _U32, quads >> 32, zero + (stream & _U32), zero), seed)

@@ -80,7 +80,7 @@ def decode_blocks(
 
 
 def _amax_bits(x: torch.Tensor) -> torch.Tensor:
-    """Bit pattern of each block's largest magnitude. As integers, so that NaN counts as larger than infinity on every device."""
+    """Bit pattern of each block's largest magnitude. As integers, so that NaN is larger than infinity on every device."""
     return (b.float_bits(x) & b.ABS_MASK).amax(dim=1)
 
 

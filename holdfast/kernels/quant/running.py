@@ -53,7 +53,7 @@ class RunningRange:
         self.high: torch.Tensor | None = None
 
     def quantize(self, x: torch.Tensor, *, seed: int = 0, stream: int = 0) -> RunningPacked:
-        """Moves the range towards `x` (..., heads * channels), then packs `x` by it. Raises ConfigError if heads do not divide."""
+        """Moves the range towards `x` (..., heads * channels), then packs `x` by it. ConfigError if heads do not divide."""
         heads = self.spec.heads
         if x.ndim == 0 or x.shape[-1] % heads:
             raise ConfigError(f"{heads} heads do not divide a tensor of shape {tuple(x.shape)}")

@@ -74,7 +74,7 @@ class QuantSpec:
 
     @property
     def code_max(self) -> int:
-        """Largest code: 127, 7 or 1 symmetric (never -128: a one-sided range biases gradients, arXiv:2510.25602), 255, 15 or 3 not."""
+        """Largest code: 127, 7, 1 symmetric (never -128, which biases gradients: arXiv:2510.25602), 255, 15, 3 asymmetric."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
 
 from holdfast.errors import ConfigError
 from holdfast.kernels.sequences.store import ChunkKVStore
@@ -74,8 +74,9 @@ def chunked_backward(
 ) -> ChunkedResult:
     """Adds to `.grad` the gradient of the sum of `loss_of(chunk, context)` over all chunks, as one backward of the whole would.
 
-    `loss_of` runs the model on one chunk and returns a scalar; its attention layers take past tokens from `context`. It is called
-    twice per chunk, with the same random state. With an exact store the gradient is that of the full sequence up to rounding.
+    `loss_of` runs the model on one chunk and returns a scalar; its attention layers take past tokens from `context`. It is
+    called twice per chunk, with the same random state. With an exact store the gradient is that of the
+    full sequence up to rounding.
 
     `keep` < 1 is SpaCO's sparse mode: each chunk is backpropagated with that probability, and what it sends is divided by it,
     which makes the gradient unbiased. Chunks left out are not recomputed. `selected` gives the chunks instead of drawing them.

@@ -1,6 +1,6 @@
 """Low-rank and outlier correction of a quantized tensor, after GEAR (Kang et al., arXiv:2403.05527).
 
-The largest values are set aside exactly; the rest is quantized; a few singular vectors per head take up what is left of the error.
+The largest values are set aside exactly; the rest is quantized; a few singular vectors per head take up most of the error left.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Keep, pack, offload or recompute: the cheapest choice for every group of activations that fits a byte budget.
 
-Each group (a layer, say) has options, each with the bytes it leaves on the device per token and what it costs per token. Choosing
-one option per group is the multiple-choice knapsack problem; because tokens can be divided, its linear relaxation is the real
-problem, and that one is solved exactly by walking down the convex hulls of the groups (Sinha and Zoltners, 1979). At most one
-group ends up split between two options: some of its tokens take one, the rest the other, as in MEMO (arXiv:2407.12117), whose
-single swap fraction is found here per group and over more than two options.
+Each group (a layer, say) has options, each with the bytes it leaves on the device per token and what it costs per token.
+Choosing one option per group is the multiple-choice knapsack problem; because tokens can be divided, its linear relaxation is
+the real problem, and that one is solved exactly by walking down the convex hulls of the groups (Sinha and Zoltners, 1979).
+At most one group ends up split between two options: some of its tokens take one, the rest the other, as in MEMO
+(arXiv:2407.12117), whose single swap fraction is found here per group and over more than two options.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from holdfast.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Option:
-    """One way to treat a group: device bytes per token, and cost per token in any unit common to all (seconds, weighted error)."""
+    """One way to treat a group: device bytes per token, and cost per token in one unit for all (seconds, weighted error)."""
 
     name: str
     nbytes: float

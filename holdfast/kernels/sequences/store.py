@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSpec:
-    """How past chunks are stored. None keeps them exact. Default: KIVI's layout (arXiv:2402.02750) at int4, keys in groups of 64
-    tokens per channel, values per token. `gear` adds a low-rank and outlier correction. `host` keeps them in host memory."""
+    """How past chunks are stored. None keeps them exact. Default: KIVI's layout (arXiv:2402.02750) at int4, keys in groups of
+    64 tokens per channel, values per token. `gear` adds a low-rank and outlier correction. `host` keeps them in host memory."""
 
     key: QuantSpec | None = KIVI_KEY4
     value: QuantSpec | None = KIVI_VALUE4
@@ -42,10 +42,10 @@ Stored = torch.Tensor | Packed | HostPacked | GearPacked
 
 
 class ChunkKVStore:
-    """K and V (batch, heads, tokens, channels) of every layer and chunk. Chunks of a layer are appended in order.
+    """K and V (batch, heads, tokens, channels) of every layer and chunk. A layer's chunks are appended in order.
 
-    The newest chunk of a layer stays exact until a later one reads it or is appended. `past(layer, chunk)` returns what lies before a
-    chunk, as one tensor each for K and V.
+    The newest chunk of a layer stays exact until a later one reads it or is appended. `past(layer, chunk)` returns
+    what lies before a chunk, as one tensor each for K and V.
     """
 
     def __init__(self, spec: KVSpec | None = None, *, backend: Backend = "auto") -> None:
