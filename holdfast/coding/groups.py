@@ -42,7 +42,7 @@ def group_sizes(nodes: int, size: int) -> tuple[int, ...]:
 def form_groups(labels: Sequence[Hashable], size: int, parity: int) -> tuple[Group, ...]:
     """The groups of a cluster whose node i is in failure domain `labels[i]`; the same answer on every node.
 
-    No grouping of these sizes spreads the domains better: if one exists in which no two members share a domain, it is found.
+    If the nodes can be grouped so that no two members of a group share a domain, they are.
     A group too small for `parity` loses all members but one at most: two nodes are a mirror, one alone has no protection.
     """
     if not 0 <= parity < size:

@@ -33,7 +33,7 @@ class DamagedChunk:
     offset: int
     length: int
     columns: int  # how many bytes of the chunk are wrong in some fragment
-    fragments: tuple[int, ...]  # the fragments that are wrong; empty when that cannot be told
+    fragments: tuple[int, ...]  # the wrong ones, few enough to be rebuilt; empty when that cannot be told
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,8 +155,9 @@ def _from_memory(
         for item in plan.rebuilds:
             if item.host in sources:
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
-                fields = {"group": item.group.to_json(), "lost": item.lost, "with_parity": list(item.with_parity)}
-                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields)
+                fields = {"group": item.group.to_json(), "lost": item.lost}
+                whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
+                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
 
     team.all(rebuild)
     lap("rebuild")

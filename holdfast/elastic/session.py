@@ -175,9 +175,9 @@ class Run:
     def _room_needed(self, team: Team) -> int:
         """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
         held = self._tracked.held()
-        nbytes = plan_capture(held, team.rank).nbytes
+        nbytes = plan_capture(held, team.rank).room_nbytes
         if not any(optimizer.state for optimizer in self._tracked.optimizers.values()):
-            nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).nbytes
+            nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).room_nbytes
         return nbytes
 
     def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> None:

@@ -7,6 +7,7 @@ others goes over its own sockets.
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,26 @@ def kill_keepers(address: str) -> None:
 
 
 def connect(address: str) -> None:
+    _probe(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": False}
     try:
         ray.init(address=address, namespace=NAMESPACE, **options)
     except (ConnectionError, OSError, RuntimeError, ValueError, TimeoutError) as error:
-        raise RayUnreachable(
-            f"no Ray answers at {address} ({error}); check the address, or unset RAY_ADDRESS so that a local Ray is started"
-        ) from error
+        raise _unreachable(address, error) from error
+
+
+def _probe(address: str) -> None:
+    """Knock first: Ray itself would try for minutes at an address where nobody listens."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: BaseException) -> RayUnreachable:
+    return RayUnreachable(
+        f"no Ray answers at {address} ({error}); check the address, or unset RAY_ADDRESS so that a local Ray is started"
+    )

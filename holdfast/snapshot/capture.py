@@ -61,6 +61,9 @@ class CapturePlan:
     parts: tuple[Part, ...]
     table: FragmentTable
     nbytes: int
+    room_nbytes: int
+    """What the slot needs: the payload, and twice the table, which grows when CRCs are filled in."""
+
     layout: str
     signature: tuple[int, ...]
 
@@ -78,8 +81,9 @@ def plan_capture(held: list[Held], rank: int, signature: tuple[int, ...] = ()) -
             parts.append(Part(item, box, offset, nbytes))
             offset += aligned(nbytes)
     table = FragmentTable.from_rows(_row(part, rank) for part in parts)
-    layout = hashlib.blake2b(table.to_bytes(), digest_size=16).hexdigest()
-    return CapturePlan(tuple(parts), table, offset, layout, signature)
+    encoded = table.to_bytes()
+    layout = hashlib.blake2b(encoded, digest_size=16).hexdigest()
+    return CapturePlan(tuple(parts), table, offset, offset + 2 * len(encoded), layout, signature)
 
 
 def _row(part: Part, rank: int) -> Fragment:
@@ -123,7 +127,7 @@ class Capturer:
         self._copied.set()
         self._idle = threading.Event()
         self._idle.set()
-        self._handled = 0
+        self._handled = (0, 0)
         self._stream: torch.cuda.Stream | None = None
         self._pinned: dict[int, int] = {}
         self._thread = threading.Thread(target=self._run, name="holdfast-capture", daemon=True)
@@ -135,10 +139,10 @@ class Capturer:
         """Note that `step` is complete, and begin a capture where the keepers have asked for this one."""
         page = self.link.page
         page["completed"] = step
-        target, index = page.target
-        if target == self._handled or target > step or target == 0:
+        target, index, order = page.target
+        if (target, order) == self._handled or target > step or target == 0:
             return
-        self._handled = target
+        self._handled = target, order
         if target < step:
             self._queue.put((target, "passed"))
         elif not self._idle.is_set():
@@ -154,11 +158,17 @@ class Capturer:
             logger.error("rank %d: snapshot of step %d could not begin: %s", self.rank, step, error)
             self.stats.failed += 1
             self._queue.put((step, "failed"))
+        except Exception:  # a `state_dict` of the user's that raises costs a snapshot, and never the training
+            logger.exception("rank %d: snapshot of step %d could not begin", self.rank, step)
+            self.stats.failed += 1
+            self._queue.put((step, "failed"))
 
     def _shoot(self, step: int, index: int) -> _Shot:
         rng = rng_states()  # first: nothing may draw random numbers before their state is read
         plan = self.plan()
         objects = self.state.texts()
+        if self.state.others_have_arrays:
+            plan = self._new_plan(self.state.signature())
         eager = [(part, source_of(part).to("cpu", copy=True)) for part in plan.parts if not part.held.lazy]
         ready = None
         if torch.cuda.is_available() and any(part.held.tensor.is_cuda for part in plan.parts):
@@ -171,8 +181,12 @@ class Capturer:
     def plan(self) -> CapturePlan:
         """The plan for the state as it is now; computed anew only when something has changed."""
         signature = self.state.signature()
-        if self._plan is None or self.state.others_have_arrays or not self._plan.is_current(signature):
-            self._plan = plan_capture(self.state.held(), self.rank, signature)
+        if self._plan is None or not self._plan.is_current(signature):
+            return self._new_plan(signature)
+        return self._plan
+
+    def _new_plan(self, signature: tuple[int, ...]) -> CapturePlan:
+        self._plan = plan_capture(self.state.held(), self.rank, signature)
         return self._plan
 
     def fence(self) -> None:
@@ -206,12 +220,14 @@ class Capturer:
                 self.stats.failed += 1
                 logger.exception("rank %d: a snapshot failed; training goes on", self.rank)
             finally:
-                self._copied.set()
-                self._idle.set()
+                # Not after a refusal: a capture begun meanwhile waits in the queue, and its fence has to stay down.
+                if isinstance(item, _Shot):
+                    self._copied.set()
+                    self._idle.set()
 
     def _take(self, shot: _Shot) -> None:
         crash_point("capture.begun")
-        body = self.link.body(shot.index, shot.plan.nbytes)
+        body = self.link.body(shot.index, shot.plan.room_nbytes)
         self._copy(shot, body)
         changed = _changed(shot, body)
         self._copied.set()
@@ -303,6 +319,11 @@ def _changed(shot: _Shot, body: memoryview) -> str | None:
 
 
 def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    flat = local_part(tensor).reshape(-1) if tensor.is_contiguous() else local_part(tensor)[:1].reshape(-1)
-    picked = flat[:: max(1, flat.numel() // SAMPLES)].cpu()
-    return picked.contiguous().view(torch.uint8)  # compared as bytes: NaN equals itself, and 0.0 is not -0.0
+    local = local_part(tensor)
+    every = max(1, local.numel() // SAMPLES)
+    if local.is_contiguous():
+        picked = local.reshape(-1)[::every]
+    else:  # the same elements in row-major order, without a copy of the whole
+        places = torch.arange(0, local.numel(), every, device=local.device)
+        picked = local[torch.unravel_index(places, local.shape)]
+    return picked.cpu().contiguous().view(torch.uint8)  # compared as bytes: NaN equals itself, and 0.0 is not -0.0

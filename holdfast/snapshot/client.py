@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.arrays import FragmentTable
-from holdfast.errors import KeeperUnreachable, MissingData
+from holdfast.errors import HoldfastError, KeeperUnreachable, MissingData
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.keeper import ENDPOINT, SOCKET
@@ -47,7 +47,11 @@ class Link:
     def __init__(self, memory: Path, rank: int, launch: str, body_nbytes: int) -> None:
         self.memory, self.rank = memory, rank
         self._connection = connect(memory)
-        answer = self._connection.ask("attach", rank=rank, pid=os.getpid(), launch=launch, body_nbytes=body_nbytes)
+        try:
+            answer = self._connection.ask("attach", rank=rank, pid=os.getpid(), launch=launch, body_nbytes=body_nbytes)
+        except HoldfastError:
+            self._connection.close()
+            raise
         self.page = ControlPage(Path(answer["control"]))
         self.page["pid"] = os.getpid()
         self._bodies: dict[int, _SlotBody] = {}

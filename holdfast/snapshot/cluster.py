@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
@@ -29,6 +29,9 @@ from holdfast.snapshot.client import connect
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
+_daemons: list[subprocess.Popen[bytes]] = []
+"""Started here and meant to go on; kept so that Python does not take them for forgotten children."""
+
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -94,14 +97,18 @@ def _wait_for(node: int, place: Path, deadline: float) -> None:
 def _start_process(job: str, node: int, place: Path, bind: str) -> None:
     log = runtime_dir() / f"keeper-{job}-{node}.log"
     with log.open("ab") as output:
-        subprocess.Popen(
-            [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            env=_environment(),
+        _start_daemon(
+            [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind], output, _environment()
         )
+
+
+def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A process in a session of its own that outlives this one."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environ
+    )
+    _daemons.append(process)
+    return process
 
 
 def _start_in_ray(job: str, nodes: list[tuple[int, str]], ray_address: str | None, bind: str) -> None:
@@ -112,15 +119,20 @@ def _start_in_ray(job: str, nodes: list[tuple[int, str]], ray_address: str | Non
 
 def _in_helper(verb: str, request: str) -> None:
     """Run one Ray operation in a process of its own, which hands its error back as words."""
-    done = subprocess.run(
-        [sys.executable, "-m", "holdfast.snapshot.cluster", verb],
-        input=request,
-        capture_output=True,
-        text=True,
-        timeout=STARTUP_TIMEOUT_S * 2,
-        env=_environment(),
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "holdfast.snapshot.cluster", verb],
+            input=request,
+            capture_output=True,
+            text=True,
+            timeout=STARTUP_TIMEOUT_S * 2,
+            env=_environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RayUnreachable(
+            f"Ray did not answer within {STARTUP_TIMEOUT_S * 2:.0f} s; see its log in {runtime_dir()}"
+        ) from error
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
         raise RayUnreachable(lines[-1].removeprefix("RayUnreachable: "))
@@ -178,9 +190,7 @@ def _start_ray() -> LocalRay:
     ]
     environ = {**_environment(), "RAY_memory_monitor_refresh_ms": "0"}
     with log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environ
-        )
+        process = _start_daemon(command, log, environ)
     started = LocalRay(f"127.0.0.1:{port}", process.pid)
     deadline = time.monotonic() + STARTUP_TIMEOUT_S
     while not _listens(port):

@@ -38,12 +38,15 @@ class ControlPage:
         self._words[_WORDS[word]] = value
 
     @property
-    def target(self) -> tuple[int, int]:
-        """The step to capture and the slot it goes to; one word, so that both change together."""
-        return self["target"] >> 1, self["target"] & 1
+    def target(self) -> tuple[int, int, int]:
+        """The step to capture, the slot it goes to and the number of the order; one word, so that all change together."""
+        word = self["target"]
+        return word >> 17, word & 1, word >> 1 & 0xFFFF
 
     def set_target(self, step: int, index: int) -> None:
-        self["target"] = step << 1 | index
+        """Order a capture. A step ordered once more is a new order: what was captured for the last one may be void."""
+        order = (self["target"] >> 1) + 1 & 0xFFFF
+        self["target"] = step << 17 | order << 1 | index
 
     def close(self) -> None:
         self._words.release()

@@ -17,7 +17,7 @@ LEAD_LIMIT = 256
 """Furthest that a target may lie ahead of the newest completed step. Reached only when steps are far shorter than messages."""
 
 LAST_TRIES = 10
-"""Rounds for the last step of a run that may fail in a row before the run ends without it."""
+"""Rounds for the last step of a run that may fail before the run ends without it."""
 
 CALM_ROUNDS = 16
 """Commits in a row without a missed target before the next target is named one step closer."""
@@ -40,9 +40,13 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
+    """`round` is the one of the announcement that this answers: a step may be announced again, and what was filled before is
+    void then."""
+
     node: int
     step: int
     progress: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,7 @@ class GivenUp:
     step: int
     progress: int
     reason: str
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +90,7 @@ class Announce:
 
     step: int
     index: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +99,7 @@ class Protect:
 
     step: int
     index: int
+    round: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +147,7 @@ class Coordinator:
         self._unprotected = not protected
         self.phase = Phase.WAITING
         self.step = 0
+        self.round = 0
         self.lead = 1
         self.given_up = 0
         self._spilled = committed
@@ -147,7 +155,7 @@ class Coordinator:
         self._waiting: set[int] = set()
         self._progress = committed
         self._calm = 0
-        self._failed_in_a_row = 0
+        self._failed_last = 0
         self._finishing: dict[int, Finishing] = {}
 
     def feed(self, event: Input) -> list[Action]:
@@ -164,7 +172,7 @@ class Coordinator:
 
     def _encoded(self, event: Encoded) -> list[Action]:
         self._progress = max(self._progress, event.progress)
-        if event.step != self.step:
+        if event.round != self.round:
             return []
         self._waiting.discard(event.node)
         if self._waiting:
@@ -174,10 +182,11 @@ class Coordinator:
 
     def _give_up(self, event: GivenUp) -> list[Action]:
         self._progress = max(self._progress, event.progress)
-        if event.step != self.step:
+        if event.round != self.round:
             return []
         self.given_up += 1
-        self._failed_in_a_row += 1
+        at_the_end = len(self._finishing) == len(self.nodes)
+        self._failed_last += at_the_end and event.reason not in ("passed", "busy")  # who is busy will be done soon
         self._calm = 0
         if event.reason == "passed":
             self.lead = min(self.lead * 2, LEAD_LIMIT)
@@ -193,7 +202,6 @@ class Coordinator:
         # Only now may the older slot be refilled: every node has the newer one committed.
         self.committed, self.index = self.step, 1 - self.index
         self._calm += 1
-        self._failed_in_a_row = 0
         if self._calm >= CALM_ROUNDS:
             self.lead, self._calm = max(1, self.lead - 1), 0
         return self._spill() + self._next()
@@ -228,9 +236,11 @@ class Coordinator:
         return self._announce(-(-ahead // self.every) * self.every)
 
     def _last(self) -> list[Action]:
-        step = max(event.step for event in self._finishing.values())
-        wanted = any(event.keep for event in self._finishing.values()) and step > 0
-        wanted = wanted and self._failed_in_a_row < LAST_TRIES
+        steps = {event.step for event in self._finishing.values()}
+        step = max(steps)
+        # Nodes that ended at different steps have no last step in common that could be captured.
+        wanted = any(event.keep for event in self._finishing.values()) and step > 0 and len(steps) == 1
+        wanted = wanted and self._failed_last < LAST_TRIES
         if wanted and self.committed < step:
             return [] if self._spilling == 1 - self.index else self._announce(step)
         if wanted and self.checkpoint_every and self._spilled < self.committed:
@@ -242,12 +252,16 @@ class Coordinator:
 
     def _protect(self) -> list[Action]:
         self.index = 1 - self.index  # until it is committed, the other slot is the one that may not be touched
-        self.phase, self.step, self._waiting = Phase.FILLING, self.committed, set(self.nodes)
-        return [Protect(self.committed, 1 - self.index)]
+        self._open_round(self.committed)
+        return [Protect(self.step, 1 - self.index, self.round)]
 
     def _announce(self, step: int) -> list[Action]:
+        self._open_round(step)
+        return [Announce(step, 1 - self.index, self.round)]
+
+    def _open_round(self, step: int) -> None:
         self.phase, self.step, self._waiting = Phase.FILLING, step, set(self.nodes)
-        return [Announce(step, 1 - self.index)]
+        self.round += 1
 
     def _spill(self) -> list[Action]:
         last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
@@ -279,4 +293,6 @@ _TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.IDLE, Encoded): Coordinator._ignore,
     (Phase.STOPPED, SpillEnded): Coordinator._ignore,
     (Phase.STOPPED, Finishing): Coordinator._ignore,
+    (Phase.STOPPED, GivenUp): Coordinator._ignore,
+    (Phase.STOPPED, Encoded): Coordinator._ignore,
 }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.coding import ErasureCode, crc32c
+from holdfast.coding import ErasureCode, crc32c, staggered
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot.slots import Slot
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, stride
@@ -129,7 +129,7 @@ def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReade
     owners = layout.parity_owners(stripe)
     sources = [(_bytes_of(group, place, readers), _wanted(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
     code = ErasureCode(layout.k, group.parity)
-    scratch = [memoryview(bytearray(min(PIECE_NBYTES, size))) for _ in range(layout.k + group.parity)]
+    scratch = [buffer.data for buffer in staggered(layout.k + group.parity, min(PIECE_NBYTES, size))]
     for offset in range(0, size, PIECE_NBYTES):
         nbytes = min(PIECE_NBYTES, size - offset)
         data = [source.piece(base + offset, nbytes, scratch[i]) for i, (source, base) in enumerate(sources)]
@@ -146,6 +146,7 @@ def rebuild_blocks(
     group: GroupRecord,
     node: int,
     readers: Mapping[int, SlotReader],
+    with_data: frozenset[int],
     with_parity: frozenset[int],
     store: Callable[[str, int, memoryview], None],
     *,
@@ -153,17 +154,19 @@ def rebuild_blocks(
 ) -> None:
     """Recompute what `node` held from any k blocks of each stripe; `store(kind, offset, bytes)` gets "node" or "parity" bytes.
 
-    `readers` are the survivors by node, `with_parity` those of them whose parity of this step is whole. Raises MissingData
-    when a stripe has fewer than k blocks left.
+    `readers` are the survivors by node, `with_data` those of them whose own bytes of this step are whole, `with_parity` those
+    whose parity is. Raises MissingData when a stripe has fewer than k blocks left.
     """
+    if not group.parity:
+        raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
     layout, size, place = group.layout, group.block_nbytes, group.position(node)
     code = ErasureCode(layout.k, group.parity)
-    scratch = [memoryview(bytearray(min(PIECE_NBYTES, size))) for _ in range(layout.k + 1)]
+    scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
     for stripe in range(layout.stripes):
         column, base, kind = _wanted(group, place, stripe)
         if kind == "parity" and not parity_too:
             continue
-        sources = _sources(group, stripe, place, readers, with_parity)
+        sources = _sources(group, stripe, place, readers, with_data, with_parity)
         if len(sources) < layout.k:
             raise MissingData(
                 f"step {group.step}: stripe {stripe} has {len(sources)} of the {layout.k} blocks that rebuilding needs"
@@ -192,7 +195,12 @@ Read = Callable[[int, int, memoryview], memoryview]
 
 
 def _sources(
-    group: GroupRecord, stripe: int, without: int, readers: Mapping[int, SlotReader], with_parity: frozenset[int]
+    group: GroupRecord,
+    stripe: int,
+    without: int,
+    readers: Mapping[int, SlotReader],
+    with_data: frozenset[int],
+    with_parity: frozenset[int],
 ) -> dict[int, Read]:
     """Every fragment of the stripe that a survivor holds, by code index, as a function that reads a piece of it."""
     layout = group.layout
@@ -202,9 +210,9 @@ def _sources(
         if place == without or node not in readers:
             continue
         index, base, kind = _wanted(group, place, stripe)
-        if kind == "node":
+        if kind == "node" and node in with_data:
             found[index] = _node_piece(_bytes_of(group, place, readers), base)
-        elif node in with_parity:
+        elif kind == "parity" and node in with_parity:
             found[index] = _parity_piece(group, readers[node], base)
     return found
 

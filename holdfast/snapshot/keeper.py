@@ -93,8 +93,9 @@ class Keeper:
         self._trainers: dict[int, Header] = {}
         self._tables: dict[int, tuple[str, FragmentTable]] = {}
         self._announced: tuple[int, int] | None = None
+        self._round = 0
         self._groups: dict[int, dict[int, NodeRecord]] = {}
-        self._rows: tuple[int, RowsInFlight] | None = None
+        self._rows: RowsInFlight | None = None
         self._finished: dict[int, Header] = {}
         self._coordinator: Coordinator | None = None
         self._guests: tuple[Member, ...] = ()
@@ -169,7 +170,7 @@ class Keeper:
             if fresh.epoch <= self.epoch:
                 raise StaleEpoch(f"node {self.node} is already in epoch {self.epoch}; epoch {fresh.epoch} comes too late")
             self.view, self.epoch, self._guests = fresh, fresh.epoch, fresh.guests
-            self._announced, self._rows = None, None
+            self._announced, self._round, self._rows = None, 0, None
             self._groups.clear()
             self._finished.clear()
             self._tables.clear()
@@ -210,11 +211,14 @@ class Keeper:
                 return {"taken": False}
             if self._tables.get(rank, ("", None))[0] != layout:
                 return {"taken": False, "table": True}
-        self._jobs.put(lambda: self._verify(rank, step, index, payload_nbytes, objects))
+            number = self._round
+        self._jobs.put(lambda: self._verify(rank, step, index, number, payload_nbytes, objects))
         return {"taken": True}
 
     def verb_give_up(self, rank: int, step: int, reason: str) -> None:
-        self._tell_coordinator(GivenUp(self.node, step, self._progress(), reason))
+        with self._lock:
+            number = self._round if self._announced is not None and self._announced[0] == step else 0
+        self._tell_coordinator(GivenUp(self.node, step, self._progress(), reason, number))
 
     def verb_finishing(self, rank: int, step: int, keep: bool) -> None:
         """The rank's loop has ended at `step`. When all ranks here have, the coordinator hears of it."""
@@ -228,48 +232,54 @@ class Keeper:
             )
             self._tell_coordinator(Finishing(self.node, max(steps), any(keeps)))
 
-    def verb_announce(self, step: int, index: int) -> None:
+    def verb_announce(self, step: int, index: int, round: int) -> None:
         """Empty slot `index` everywhere on this node and let the ranks capture `step` into it."""
         with self._lock:
-            self._announced, self._rows = (step, index), None
-            self._groups.pop(step, None)
+            self._enter_round(step, index, round)
             for name in (*(slot_name(rank, index) for rank in self._local_ranks()), parity_name(index)):
                 self._announce_in(name)
             crash_point("keeper.announced")
             for rank in self._local_ranks():
                 self.controls[rank].set_target(step, index)
 
-    def verb_protect(self, step: int, index: int) -> None:
+    def verb_protect(self, step: int, index: int, round: int) -> None:
         """Compute the parity of a restored step that is whole here but was never committed."""
         with self._lock:
-            self._announced, self._rows = (step, index), None
-        self._jobs.put(lambda: self._publish(step, index))
+            self._enter_round(step, index, round)
+        self._jobs.put(lambda: self._publish(step, index, round))
 
-    def verb_verified(self, step: int, record: Header) -> None:
-        """A node of the group has checked all its ranks' slots; with the last one, parity can be computed."""
+    def _enter_round(self, step: int, index: int, number: int) -> None:
+        self._announced, self._round, self._rows = (step, index), number, None
+        self._groups = {other: group for other, group in self._groups.items() if other >= number}
+
+    def verb_verified(self, round: int, record: Header) -> None:
+        """A node of the group has checked all its ranks' slots; with the last one, parity can be computed.
+
+        A peer that heard of the round before we did may already be done with it; its record is kept until we hear of it too.
+        """
         found = NodeRecord.from_json(record)
         with self._lock:
-            if self._announced is None or self._announced[0] != step:
+            if round < self._round:
                 return
-            group = self._groups.setdefault(step, {})
+            group = self._groups.setdefault(round, {})
             group[found.node] = found
             complete = len(group) == len(self._group_nodes())
         if complete:
-            self._jobs.put(lambda: self._encode(step))
+            self._jobs.put(lambda: self._encode(round))
 
     def verb_parity(
-        self, step: int, index: int, row: int, offset: int, block_nbytes: int, crc: int, payload: memoryview
+        self, step: int, index: int, round: int, row: int, offset: int, block_nbytes: int, crc: int, payload: memoryview
     ) -> None:
         """A piece of a parity row that a first owner computed for this node."""
         if crc32c(payload) != crc:
             raise CorruptData(f"parity row {row} of step {step} at {offset}: the piece arrived damaged")
-        rows = self._prepare_parity(step, index, block_nbytes)
+        rows = self._prepare_parity(step, index, round, block_nbytes)
         if rows is None:
             return
         start = row * block_nbytes + offset
         self.slots[parity_name(index)].body[start : start + len(payload)] = payload
         if rows.add(row, len(payload)):
-            self._jobs.put(lambda: self._protected(step))
+            self._jobs.put(lambda: self._protected(round))
 
     def verb_coordinate(self, event: str, fields: Header) -> None:
         kinds: dict[str, type[Input]] = {
@@ -335,12 +345,14 @@ class Keeper:
         data = slot.body[offset : offset + nbytes]
         return {"crc32c": crc32c(data)}, data
 
-    def verb_rebuild(self, group: Header, lost: int, survivors: list[Header], with_parity: list[int]) -> Header:
+    def verb_rebuild(
+        self, group: Header, lost: int, survivors: list[Header], with_data: list[int], with_parity: list[int]
+    ) -> Header:
         """Recompute what node `lost` held, into slots of this keeper, and check every byte. Blocks until it is done."""
         record = GroupRecord.from_json(group)
         members = [Member.from_json(member) for member in survivors]
         started = time.perf_counter()
-        nbytes = self._rebuild(record, lost, members, frozenset(with_parity))
+        nbytes = self._rebuild(record, lost, members, frozenset(with_data), frozenset(with_parity))
         seconds = time.perf_counter() - started
         logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
         return {"nbytes": nbytes, "seconds": seconds}
@@ -372,8 +384,8 @@ class Keeper:
             job = self._jobs.get()
             try:
                 job()
+            # A snapshot that fails, for whatever reason, is given up and counted; training goes on and the next one is tried.
             except (HoldfastError, OSError) as error:
-                # A snapshot that fails is given up and counted; training goes on and the next one is tried.
                 logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
                 self._give_up_round()
             except Exception:
@@ -382,11 +394,11 @@ class Keeper:
 
     def _give_up_round(self) -> None:
         if self._announced is not None:
-            self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed"))
+            self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed", self._round))
 
-    def _verify(self, rank: int, step: int, index: int, payload_nbytes: int, objects: dict[str, str]) -> None:
+    def _verify(self, rank: int, step: int, index: int, number: int, payload_nbytes: int, objects: dict[str, str]) -> None:
         """Checksum a filled slot and seal it with its table, objects and header."""
-        if self._announced != (step, index):
+        if self._round != number:
             return
         slot, table = self.slots[slot_name(rank, index)], self._tables[rank][1]
         crash_point("snapshot.filled")
@@ -408,51 +420,54 @@ class Keeper:
             meta_crc32c=crc32c(data),
         )
         crash_point("snapshot.verified")
-        self._publish(step, index)
+        self._publish(step, index, number)
 
-    def _publish(self, step: int, index: int) -> None:
+    def _publish(self, step: int, index: int, number: int) -> None:
         """Tell the group, once all ranks here are verified."""
         record = self._node_record(step, index)
         if record is not None:
             for node in self._group_nodes():
-                self._post(node, "verified", step=step, record=record.to_json())
+                self._post(node, "verified", round=number, record=record.to_json())
 
-    def _encode(self, step: int) -> None:
+    def _encode(self, number: int) -> None:
         """Compute the parities of the stripe this node owns first; the other rows arrive from their first owners."""
-        if self._announced is None or self._announced[0] != step:
+        if self._announced is None or self._round != number:
             return
-        index = self._announced[1]
-        group = self._group(step, index)
+        step, index = self._announced
+        group = self._group(step, index, number)
         if group.parity == 0:
-            self._protected(step)
+            self._protected(number)
             return
-        rows = self._prepare_parity(step, index, group.block_nbytes)
+        rows = self._prepare_parity(step, index, number, group.block_nbytes)
         if rows is None:
             return
         readers = {member.node: self._reader(member) for member in self._view().members if member.node in self._group_nodes()}
         own = self.slots[parity_name(index)].body[: group.block_nbytes]
+        peers: dict[int, Connection] = {}
         try:
-            encode_stripe(group, self.node, readers, own, self._forward(step, index, group.block_nbytes))
+            encode_stripe(group, self.node, readers, own, self._forward(step, index, number, group.block_nbytes, peers))
         finally:
             for reader in readers.values():
                 reader.close()
+            for peer in peers.values():
+                peer.close()
         crash_point("snapshot.exchanged")
         if rows.add(0, group.block_nbytes):
-            self._protected(step)
+            self._protected(number)
 
-    def _protected(self, step: int) -> None:
+    def _protected(self, number: int) -> None:
         """All parity this node has to hold is there: seal it and tell the coordinator."""
-        if self._announced is None or self._announced[0] != step:
+        if self._announced is None or self._round != number:
             return
-        index = self._announced[1]
-        group = self._group(step, index)
+        step, index = self._announced
+        group = self._group(step, index, number)
         with self._lock:
             if group.parity:
                 self._seal_parity(group, SlotState.ENCODED)
             for slot in self._of_step(step, index):
                 slot.update(state=SlotState.ENCODED)
         crash_point("snapshot.encoded")
-        self._tell_coordinator(Encoded(self.node, step, self._progress()))
+        self._tell_coordinator(Encoded(self.node, step, self._progress(), number))
 
     def _seal_parity(self, group: GroupRecord, state: SlotState) -> None:
         slot = self.slots[parity_name(group.index)]
@@ -474,42 +489,52 @@ class Keeper:
             meta_crc32c=crc32c(data),
         )
 
-    def _forward(self, step: int, index: int, block_nbytes: int) -> Callable[[int, int, int, memoryview], None]:
-        connections: dict[int, Connection] = {}
+    def _forward(
+        self, step: int, index: int, number: int, block_nbytes: int, connections: dict[int, Connection]
+    ) -> Callable[[int, int, int, memoryview], None]:
+        where: dict[str, Any] = {
+            "step": step,
+            "index": index,
+            "round": number,
+            "block_nbytes": block_nbytes,
+            "epoch_of_sender": self.epoch,
+        }
 
         def forward(node: int, row: int, offset: int, data: memoryview) -> None:
-            fields: dict[str, Any] = {"step": step, "index": index, "row": row, "offset": offset, "crc": crc32c(data)}
             connection = connections.get(node)
             if connection is None:
                 member = self._view().member(node)
                 connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, epoch_of_sender=self.epoch, block_nbytes=block_nbytes, **fields)
+            connection.ask("parity", data, row=row, offset=offset, crc=crc32c(data), **where)
 
         return forward
 
-    def _prepare_parity(self, step: int, index: int, block_nbytes: int) -> RowsInFlight | None:
-        """The counter of parity rows of this step, with room for them; None when the step is no longer wanted."""
+    def _prepare_parity(self, step: int, index: int, number: int, block_nbytes: int) -> RowsInFlight | None:
+        """The counter of parity rows of this round, with room for them; None when the round is over."""
         with self._lock:
-            if self._announced != (step, index):
+            if self._announced is None or self._round != number:
                 return None
-            if self._rows is None or self._rows[0] != step:
+            if self._rows is None:
                 parity = effective_parity(self._view().parity, len(self._group_nodes()))
                 self._room(parity_name(index), -1, index, parity * block_nbytes + META_ROOM)
                 self._announce_in(parity_name(index))
-                self._rows = (step, RowsInFlight(parity, block_nbytes))
-            return self._rows[1]
+                self._rows = RowsInFlight(parity, block_nbytes)
+            return self._rows
 
-    def _rebuild(self, group: GroupRecord, lost: int, survivors: list[Member], with_parity: frozenset[int]) -> int:
+    def _rebuild(
+        self, group: GroupRecord, lost: int, survivors: list[Member], with_data: frozenset[int], with_parity: frozenset[int]
+    ) -> int:
         record = next(record for record in group.records if record.node == lost)
         readers = {member.node: self._reader(member) for member in survivors}
-        own = lost == self.node
+        # Parity that outlived the node's bytes stays where it is: another node may be reading it for a rebuild of its own.
+        parity_too = lost == self.node and lost not in with_parity
         fresh: dict[str, Slot] = {}
         with self._lock:
             for rank in record.ranks:
                 name = slot_name(rank.rank, group.index)
                 header = SlotHeader(self.job, self.node, rank.rank, group.index, SlotState.FILLING)
                 self.slots[name] = fresh[name] = Slot.create(self.memory / name, header, rank.body_nbytes + META_ROOM)
-            if own and group.parity:
+            if parity_too:
                 name = parity_name(group.index)
                 header = SlotHeader(self.job, self.node, -1, group.index, SlotState.FILLING)
                 self.slots[name] = Slot.create(self.memory / name, header, group.parity * group.block_nbytes + META_ROOM)
@@ -528,14 +553,14 @@ class Keeper:
                 base += stride(rank)
 
         try:
-            rebuild_blocks(group, lost, readers, with_parity, store, parity_too=own)
+            rebuild_blocks(group, lost, readers, with_data, with_parity, store, parity_too=parity_too)
         finally:
             for reader in readers.values():
                 reader.close()
         crash_point("rebuild.decoded")
         for rank in record.ranks:
             _check_rebuilt(fresh[slot_name(rank.rank, group.index)], rank, group)
-        if own and group.parity:
+        if parity_too:
             self._seal_parity(group, SlotState.COMMITTED)
         crash_point("rebuild.checked")
         return record.nbytes
@@ -556,10 +581,10 @@ class Keeper:
 
     def _act(self, action: Action, view: View) -> None:
         match action:
-            case Announce(step, index):
-                self._broadcast("announce", step=step, index=index)
-            case Protect(step, index):
-                self._broadcast("protect", step=step, index=index)
+            case Announce(step, index, number):
+                self._broadcast("announce", step=step, index=index, round=number)
+            case Protect(step, index, number):
+                self._broadcast("protect", step=step, index=index, round=number)
             case Commit(step, index):
                 self._broadcast("commit", step=step, index=index)
             case Stop():
@@ -656,9 +681,9 @@ class Keeper:
             return None
         return NodeRecord(self.node, tuple(_rank_record(headers[rank]) for rank in ranks))
 
-    def _group(self, step: int, index: int) -> GroupRecord:
+    def _group(self, step: int, index: int, number: int) -> GroupRecord:
         nodes, view = self._group_nodes(), self._view()
-        records = tuple(self._groups[step][node] for node in nodes)
+        records = tuple(self._groups[number][node] for node in nodes)
         epoch = max(slot.header.epoch for slot in self._of_step(step, index) if slot.header.rank >= 0)
         return GroupRecord(epoch, step, index, view.world, effective_parity(view.parity, len(nodes)), records)
 

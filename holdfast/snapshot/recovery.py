@@ -115,6 +115,9 @@ def _plan_for(
         for group in survey.groups
         if (group.step, group.epoch) == (step, epoch)
     }
+    if not slots and not groups:
+        reasons.append(f"step {step}: the memory of every node that holds it is damaged")
+        return None
     worlds = {slot.world for _, slot in slots.values()} | {group.world for group in groups.values()}
     world = max(worlds)
     holders = {rank: node for rank, (node, _) in slots.items()}
@@ -133,7 +136,12 @@ def _plan_for(
         reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
         return None
     committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())
-    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed)
+    # A rebuilt node gets its parity back with its bytes; one that lost only its parity needs the group's protection anew.
+    have_parity = {rebuild.lost for rebuild in rebuilds} | {
+        survey.member.node for survey in trusted if any((g.step, g.epoch) == (step, epoch) for g in survey.groups)
+    }
+    whole = all(record.node in have_parity for group in groups.values() for record in group.records)
+    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed and whole)
 
 
 def _rebuilds(
@@ -147,7 +155,9 @@ def _rebuilds(
         for node, survey in present.items()
         if any((found.step, found.epoch) == (group.step, group.epoch) for found in survey.groups)
     ]
-    survivors = tuple(node for node in whole if node in present)
+    # Only in its own place are a node's bytes what the layout reads: ranks that were rebuilt elsewhere are no source.
+    at_home = {record.node for record in group.records if all(holders.get(rank.rank) == record.node for rank in record.ranks)}
+    survivors = tuple(node for node in whole if node in present and node in at_home)
     hosts = sorted(survey.member.node for survey in all_of)
     lost = [record.node for record in group.records if record.node not in whole]
     return [

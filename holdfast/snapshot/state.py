@@ -96,11 +96,27 @@ class TrackedState:
         return found
 
     def signature(self) -> tuple[int, ...]:
-        """Changes when arrays appear or go: counts only, so that it costs microseconds. Which tensors they are, `Held` knows."""
+        """Changes when arrays appear or go, or when what holds them does: a layer put in another's place, a loaded state dict.
+
+        Identities and counts only, so that it costs microseconds. A plan keeps the dictionaries of its arrays alive, so none of
+        their identities is given to another; which tensors are in them, `Held` knows.
+        """
         return (
-            *(sum(len(part._parameters) + len(part._buffers) for part in m.modules()) for m in self.modules.values()),
-            *(sum(map(len, optimizer.state.values())) for optimizer in self.optimizers.values()),
-            *(len(group["params"]) for optimizer in self.optimizers.values() for group in optimizer.param_groups),
+            *(
+                hash(
+                    tuple(
+                        (id(part._parameters), len(part._parameters), id(part._buffers), len(part._buffers))
+                        for part in m.modules()
+                    )
+                )
+                for m in self.modules.values()
+            ),
+            *(hash(tuple((id(state), len(state)) for state in item.state.values())) for item in self.optimizers.values()),
+            *(
+                hash(tuple(id(param) for param in group["params"]))
+                for optimizer in self.optimizers.values()
+                for group in optimizer.param_groups
+            ),
         )
 
     def texts(self) -> dict[str, str]:

@@ -97,7 +97,7 @@ class Connection:
             raise KeeperUnreachable(f"no keeper answers at {_text(address)} ({error})") from error
         try:
             self.ask("auth", token=token)
-        except ClusterError:
+        except HoldfastError:
             self.close()
             raise
 

@@ -275,6 +275,23 @@ def test_threads_that_change_the_same_parity_lose_no_change(backend: str, fragme
     assert equal(parity, expected)
 
 
+@pytest.mark.parametrize("change", [{"delta": bytes(100)}, {"old": bytes(100), "new": bytes(100)}])
+def test_changes_of_the_same_parity_take_turns(change: dict[str, bytes]) -> None:
+    inside, met = [], []
+
+    class Slow(Recorder):
+        def add(self, column: int, source: object, targets: list) -> None:
+            inside.append(column)
+            time.sleep(0.02)
+            met.extend(inside[1:])
+            inside.pop()
+
+    parity = bytearray(100)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda j: ErasureCode(4, 1, Slow()).update([parity], j, **change), range(4)))
+    assert not met
+
+
 # -- large and in parallel ---------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.coding import RotatingLayout, form_groups
+from holdfast.coding.groups import group_sizes
 from holdfast.errors import ConfigError
 
 
@@ -38,6 +39,18 @@ def test_domains_are_spread_as_evenly_as_numbers_allow(domain_sizes: list[int], 
             assert max(sum(labels[node] == name for node in group.nodes) for group in groups) == -(-count // len(groups))
 
 
+@given(st.data())
+@settings(max_examples=200)
+def test_a_grouping_without_shared_domains_is_found_if_there_is_one(data: st.DataObject) -> None:
+    """Made backwards: groups of different domains first, then their nodes in random order."""
+    size, nodes = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    sizes = group_sizes(nodes, size)
+    names = range(max(sizes) + data.draw(st.integers(0, 4)))
+    labels = [name for n in sizes for name in data.draw(st.permutations(names))[:n]]
+    groups = form_groups(data.draw(st.permutations(labels)), size, 0)
+    assert {group.crowding for group in groups} == {1}
+
+
 def test_racks_of_four_in_groups_of_eight_are_never_met_twice() -> None:
     labels = [f"rack {node // 4}" for node in range(64)]
     groups = form_groups(labels, 8, 1)
@@ -57,6 +70,11 @@ def test_leftovers_of_one_rack_do_not_pile_up_in_the_last_group() -> None:
     assert (len(first.nodes), len(last.nodes)) == (8, 11)
     assert first.crowding == 1
     assert last.crowding == 2  # eleven nodes of ten racks
+
+
+def test_a_larger_last_group_draws_no_pair_of_a_domain() -> None:
+    labels = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8]
+    assert [(len(group.nodes), group.crowding) for group in form_groups(labels, 5, 1)] == [(5, 1), (9, 1)]
 
 
 def test_small_clusters() -> None:

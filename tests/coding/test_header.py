@@ -11,7 +11,7 @@ import reedsolo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.coding import HeaderCodec
+from holdfast.coding import HeaderCodec, crc32c
 from holdfast.errors import ConfigError, CorruptData
 
 CODEC = HeaderCodec()
@@ -125,6 +125,13 @@ def test_a_length_or_a_checksum_that_lies_is_refused_although_the_parity_is_righ
         lying[position] = value
         with pytest.raises(CorruptData):
             CODEC.decode(codewords_of(lying))
+
+
+def test_a_length_beyond_the_block_is_refused_although_the_checksum_fits() -> None:
+    rest = bytes(range(211))
+    message = b"hfh1" + (5000).to_bytes(4, "little") + crc32c(rest).to_bytes(4, "little") + rest
+    with pytest.raises(CorruptData):
+        CODEC.decode(codewords_of(message))
 
 
 @given(st.binary(min_size=255, max_size=1100))

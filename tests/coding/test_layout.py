@@ -178,7 +178,7 @@ def test_any_m_lost_nodes_come_back_by_following_the_repair_plan(n: int, data: s
 @pytest.mark.parametrize(("n", "m"), [(4, 1), (8, 2), (16, 3), (64, 2)])
 def test_a_repair_is_spread_over_the_survivors(n: int, m: int) -> None:
     layout = RotatingLayout(n, m)
-    for lost in [(0,), (n - 1,), *([(1, n // 2)] if m > 1 else [])]:
+    for lost in [(0,), (n - 1,), *([(1, n // 2), (1, 2)] if m > 1 else [])]:
         plan = layout.repair_plan(lost)
         survivors = [node for node in range(n) if node not in lost]
         work = Counter(repair.worker for repair in plan.repairs)

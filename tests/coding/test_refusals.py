@@ -127,7 +127,7 @@ def test_a_target_that_shares_memory(start: int, stop: int) -> None:
         with pytest.raises(ConfigError, match="shares memory with"):
             CODE.reconstruct(dict(enumerate([first, *fragments(3)])), {4: second})
         with pytest.raises(ConfigError, match="shares memory with"):  # a fragment that would not even be read
-            CODE.reconstruct(dict(enumerate([*fragments(4), first])), {5: second})
+            ErasureCode(4, 3, Untouchable()).reconstruct(dict(enumerate([*fragments(4), first])), {5: second})
         with pytest.raises(ConfigError, match="shares memory with"):
             CODE.reconstruct(dict(enumerate(fragments(4))), {4: first, 5: second})
         with pytest.raises(ConfigError, match="shares memory with"):

@@ -91,6 +91,16 @@ def test_two_fragments_damaged_in_the_same_columns_are_named_by_four_parities(
     assert code.scrub(dict(enumerate(fragments))).damaged == (DamagedChunk(0, 100, 15, bad),)
 
 
+def test_more_fragments_than_can_be_rebuilt_are_not_named(fragments_of: Fragments) -> None:
+    """Every column names its culprit, but the chunk as a whole has three; in smaller chunks each can be rebuilt."""
+    code = ErasureCode(4, 2)
+    fragments = fragments_of(code, 90)
+    for j in (0, 2, 5):
+        fragments[j][j * 10] ^= 3
+    assert code.scrub(dict(enumerate(fragments))).damaged == (DamagedChunk(0, 90, 3, ()),)
+    assert [chunk.fragments for chunk in code.scrub(dict(enumerate(fragments)), chunk_size=10).damaged] == [(0,), (2,), (5,)]
+
+
 def test_more_damage_than_can_be_placed_is_reported_as_such(fragments_of: Fragments) -> None:
     """Two fragments against two parities: single columns may look like one other fragment, many of them do not."""
     code = ErasureCode(4, 2)
@@ -118,6 +128,18 @@ def test_lost_fragments_leave_the_rest_checkable(k: int, m: int, data: st.DataOb
     (chunk,) = code.scrub(here).damaged
     assert chunk.columns == 1
     assert chunk.fragments == ((bad,) if len(here) - k >= 2 else ())
+
+
+def test_one_spare_fragment_never_blames_anyone(fragments_of: Fragments) -> None:
+    """The decoder for single columns gives a name here too, and mostly a wrong one."""
+    code = ErasureCode(9, 3)
+    fragments = fragments_of(code, 10)
+    for bad in (0, 5, 10):
+        for error in range(1, 256, 11):
+            here = {j: f for j, f in enumerate(fragments) if j not in (1, 11)}
+            here[bad] = here[bad].copy()
+            here[bad][3] ^= error
+            assert code.scrub(here).damaged == (DamagedChunk(0, 10, 1, ()),)
 
 
 def test_threads_and_chunks_find_the_same(fragments_of: Fragments) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,12 @@ class Job:
         if ok:
             assert code == 0, result.log
         return result
+
+    def kill_keepers(self, memory: Path) -> None:
+        """End every keeper that serves below `memory`."""
+        for path in memory.glob("*/*/*/keeper.json"):
+            with suppress(ProcessLookupError):
+                os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
     def end(self) -> None:
         for process in self.processes:
@@ -122,19 +129,9 @@ def job() -> Iterator[Job]:
     found = Job(place, isolated_environment(place, memory))
     yield found
     found.end()
-    kill_keepers(memory)
+    found.kill_keepers(memory)
     shutil.rmtree(place, ignore_errors=True)
     shutil.rmtree(memory, ignore_errors=True)
-
-
-def kill_keepers(memory: Path) -> None:
-    """End every keeper that serves below `memory`."""
-    for path in memory.glob("*/*/*/keeper.json"):
-        pid = json.loads(path.read_text())["pid"]
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
 
 
 @pytest.fixture(scope="session")
@@ -149,9 +146,10 @@ class References:
 
     def __init__(self, place: Path) -> None:
         self._job = Job(place, isolated_environment(place, place))
-        self._known: dict[tuple[str, int], Result] = {}
+        self._known: dict[tuple[str, int, int], Result] = {}
 
-    def of(self, layout: str, ranks: int) -> Result:
-        if (layout, ranks) not in self._known:
-            self._known[layout, ranks] = self._job.run("--bare", "--layout", layout, "--pace", "0", ranks=ranks)
-        return self._known[layout, ranks]
+    def of(self, layout: str, ranks: int, steps: int = 18) -> Result:
+        key = (layout, ranks, steps)
+        if key not in self._known:
+            self._known[key] = self._job.run("--bare", "--layout", layout, "--steps", str(steps), "--pace", "0", ranks=ranks)
+        return self._known[key]

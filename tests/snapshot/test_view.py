@@ -35,6 +35,7 @@ views = st.builds(
     index=st.integers(0, 1),
     protected=st.booleans(),
     in_memory=st.booleans(),
+    guests=st.lists(members, max_size=2).map(tuple),
 )
 
 

@@ -1,0 +1,87 @@
+"""Every named crash point is visited by a real SIGKILL, and the run ends with the same bits all the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import holdfast
+from holdfast import ckpt
+
+CAPTURE = ["capture.begun", "capture.copied", "capture.filled"]
+COMMIT = [
+    "keeper.joined",
+    "keeper.announced",
+    "snapshot.filled",
+    "snapshot.verified",
+    "snapshot.exchanged",
+    "snapshot.encoded",
+    "keeper.committing",
+    "keeper.committed",
+]
+SPILL = ["spill.begun", "spill.written"]
+REBUILD = ["rebuild.decoded", "rebuild.checked"]
+
+
+def schedule(job, role: str, place: int, points: list[str], nth: int = 2) -> dict[str, str]:
+    """Kill at every one of `points`, each once, and leave a mark for it."""
+    (job.place / "marks").mkdir(exist_ok=True)
+    faults = [
+        {
+            "at": point,
+            "role": role,
+            "place": place,
+            "nth": 1 if point == "keeper.joined" else nth,
+            "once": str(job.place / "marks" / point),
+        }
+        for point in points
+    ]
+    return {"HOLDFAST_FAULTS": json.dumps(faults)}
+
+
+def visited(job) -> set[str]:
+    return {path.name for path in (job.place / "marks").iterdir()}
+
+
+def test_a_trainer_killed_at_every_point_of_a_capture_loses_nothing(job, references):
+    died = job.run("--nodes", "2", "--steps", "40", restarts=10, **schedule(job, "trainer", 1, CAPTURE))
+    assert visited(job) == set(CAPTURE)
+    died.assert_equals(references.of("fsdp", 2, steps=40))
+
+
+@pytest.mark.timeout(240)
+def test_a_node_whose_keeper_is_killed_at_every_point_of_a_commit_loses_nothing(job, references):
+    arguments = ("--nodes", "2", "--steps", "60", "--follow-keeper")
+    died = job.run(*arguments, restarts=20, timeout_s=200, **schedule(job, "keeper", 1, COMMIT))
+    assert visited(job) == set(COMMIT)
+    died.assert_equals(references.of("fsdp", 2, steps=60))
+
+
+def test_the_coordinator_killed_while_a_checkpoint_is_written_leaves_no_half_checkpoint(job, references):
+    place = job.place / "ckpt"
+    arguments = ("--nodes", "2", "--steps", "40", "--follow-keeper", "--checkpoints", str(place), "--checkpoint-every", "5")
+    died = job.run(*arguments, restarts=10, **schedule(job, "keeper", 0, SPILL, nth=1))
+    assert visited(job) == set(SPILL)
+    died.assert_equals(references.of("fsdp", 2, steps=40))
+    steps = ckpt.list_steps(place)
+    assert steps[-1].step == 40
+    assert all(ckpt.open_checkpoint(info.path).verify().is_whole for info in steps)
+
+
+def test_a_keeper_killed_while_it_rebuilds_a_lost_node_starts_over(job, references):
+    lost = {"step": 6, "kind": "node", "ranks": [1], "committed": 3}
+    env = schedule(job, "keeper", 1, REBUILD, nth=1)
+    died = job.run("--nodes", "2", "--die", json.dumps([lost]), restarts=10, **env)
+    assert visited(job) == set(REBUILD)
+    died.assert_equals(references.of("fsdp", 2))
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+
+
+def test_every_crash_point_of_snapshots_is_visited_here():
+    named = set()
+    for path in (Path(holdfast.__file__).parent / "snapshot").glob("*.py"):
+        named |= set(re.findall(r'crash_point\("([^"]+)"\)', path.read_text()))
+    assert named == {*CAPTURE, *COMMIT, *SPILL, *REBUILD}
