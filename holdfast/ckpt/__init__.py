@@ -1,6 +1,7 @@
 """The universal checkpoint: written at disk speed from any layout, read into any other, checked byte by byte."""
 
 from holdfast.ckpt.catalog import StepInfo, is_sound, latest, list_steps, open_checkpoint
+from holdfast.ckpt.live import load, save, save_async
 from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
@@ -29,10 +30,13 @@ __all__ = [
     "is_sound",
     "latest",
     "list_steps",
+    "load",
     "load_rules",
     "open_checkpoint",
     "plan_reshard",
     "plan_write",
     "restore",
+    "save",
+    "save_async",
     "write_fragments",
 ]

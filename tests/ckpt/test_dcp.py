@@ -231,6 +231,57 @@ def test_buffers_are_used_again(tmp_path, gloo):
     writer.close()
 
 
+# -- without DCP's names -----------------------------------------------------------------------------------------------
+
+
+class Counter:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def state_dict(self) -> dict[str, int]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.count = state["count"]
+
+
+def test_live_objects_are_saved_and_loaded(tmp_path):
+    model, optimizer = build(1)
+    before = copied(state_of(model, optimizer))
+    path = ckpt.save({"model": model, "optim": optimizer, "data": Counter(5)}, tmp_path, step=3)
+    assert path == tmp_path / "step-00000003"
+    assert "optim/0.weight/exp_avg" in ckpt.open_checkpoint(path).specs
+    other, other_optimizer = build(2, steps=0)
+    counter = Counter(0)
+    assert ckpt.load({"model": other, "optim": other_optimizer, "data": counter}, tmp_path) == 3
+    assert_same(state_of(other, other_optimizer), before)
+    assert counter.count == 5
+
+
+def test_live_objects_are_saved_behind_the_loop(tmp_path, slow_copies):
+    model, optimizer = build(1)
+    before = copied(state_of(model, optimizer))
+    response = ckpt.save_async({"model": model, "optim": optimizer}, tmp_path, step=3)
+    stepped = threading.Thread(target=train, args=(model, optimizer))
+    stepped.start()
+    stepped.join(0.2)
+    assert stepped.is_alive(), "the step did not wait for the capture"
+    slow_copies.set()
+    response.upload_completion.result()
+    stepped.join(30)
+    other, other_optimizer = build(2)
+    ckpt.load({"model": other, "optim": other_optimizer}, tmp_path)
+    assert_same(state_of(other, other_optimizer), before)
+
+
+def test_an_optimizer_without_its_module_is_refused(tmp_path):
+    _, optimizer = build(1)
+    with pytest.raises(StateError, match="belong to no module in the state"):
+        ckpt.save({"optim": optimizer}, tmp_path)
+    with pytest.raises(StateError, match="there is no state"):
+        ckpt.save({}, tmp_path)
+
+
 # -- many processes ----------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -163,6 +166,25 @@ def test_only_some_arrays(tmp_path):
     ckpt.restore(tmp_path / "run", "dp=1", tmp_path / "out", only=lambda name: name.startswith("model/"))
     names = torch.load(tmp_path / "out/rank-00000.pt", weights_only=True)["arrays"]
     assert set(names) == {sample.spec.name for sample in model() if sample.spec.name.startswith("model/")}
+
+
+BOUNDED = """
+import resource, sys
+from holdfast import ckpt
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ckpt.restore(sys.argv[1], "dp=2", sys.argv[2], "safetensors", max_memory_nbytes=64 << 20)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+def test_memory_stays_below_the_bound(tmp_path):
+    """192 MiB through 64 MiB, in a process of its own, by the kernel's account."""
+    save(tmp_path / "run", [Sample.random("model/w", "uint8", (192 << 10, 1 << 10))], ((1, 2),))
+    environment = {**os.environ, "PYTHONPATH": str(Path(ckpt.__file__).parents[2])}
+    command = [sys.executable, "-c", BOUNDED, str(tmp_path / "run"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 64 << 20
 
 
 @pytest.mark.parametrize(
