@@ -51,7 +51,6 @@ class Rule:
     blocks: tuple[int, ...] = ()
     pad: int = 1
     stage: str | None = None
-    average: bool = False
 
     def __post_init__(self) -> None:
         where = f"rule {self.match!r}"

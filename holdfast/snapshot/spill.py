@@ -23,6 +23,9 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
     """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes."""
     if view.checkpoints is None:
         raise ValueError("this run has no place for checkpoints")
+    there = _already_written(view.checkpoints, step)
+    if there is not None:
+        return there
     connections = {member.node: _connect(member) for member in view.members}
     try:
         table, objects = gather(view, step, index)
@@ -38,6 +41,14 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
     finally:
         for connection in connections.values():
             connection.close()
+
+
+def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
+    """The checkpoint of this step from before a recovery that trained it again: it is as good, and is never overwritten."""
+    if not Path(checkpoints).is_dir():
+        return None
+    found = [info for info in ckpt.list_steps(checkpoints) if info.step == step and ckpt.is_sound(info)]
+    return (found[0].path, found[0].nbytes) if found else None
 
 
 def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, dict[str, str]]]:

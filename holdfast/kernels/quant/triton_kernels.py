@@ -206,7 +206,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     bad = amax_bits >= _INF_BITS
     x = tl.where(bad[:, None], 0.0, x)
     if SCALE == 2:
-        if KIND == "mxfp8":  # noqa: SIM108  # Triton chooses at compile time
+        if KIND == "mxfp8":  # Triton chooses at compile time
             exponent = tl.maximum((amax_bits >> 23) - 135, -100)
         else:
             exponent = tl.maximum((amax_bits >> 23) - 127, -100)
@@ -296,7 +296,7 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
         biased = tl.load(scales_ptr + block, mask=is_block, other=127).to(tl.int32)
         scale_bits = tl.where(biased == 255, 0x7FC00000, biased << 23)
         scale = scale_bits.to(tl.float32, bitcast=True)[:, None]
-        if KIND == "mxfp8":  # noqa: SIM108  # Triton chooses at compile time
+        if KIND == "mxfp8":  # Triton chooses at compile time
             values = _fp8_decode(code) * scale
         else:
             values = code.to(tl.float32) * 0.015625 * scale
