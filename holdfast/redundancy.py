@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from holdfast.errors import ConfigError
+
+
+class _Explain:
+    """A method of a setting, and of the class for the setting that a user gets without choosing one."""
+
+    def __get__(self, setting: Redundancy | None, owner: type[Redundancy]) -> Callable[..., None]:
+        return partial(_explain, setting or owner())
+
+
+def _explain(setting: Redundancy, *, nodes: int) -> None:
+    """Print what the setting costs and survives on a cluster of `nodes`; the values are in `holdfast.coding.explain`."""
+    from holdfast.coding import explain
+
+    print(explain(parity=setting.parity, group_size=min(setting.group_size, nodes), nodes=nodes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,6 +30,8 @@ class Redundancy:
     A group has `group_size` nodes (the last one takes the leftovers). More parity costs memory, parity / (group_size - parity)
     of a snapshot per node. `nodes_per_host` above 1 treats one machine as several nodes, each with a keeper and memory of its
     own: that protects against dying processes and rehearses a cluster, not against losing the machine.
+
+    `explain(nodes=64)` prints what the setting costs and survives on a cluster of that size.
     """
 
     parity: int = 1
@@ -28,8 +45,4 @@ class Redundancy:
                 f"parity={self.parity}, group_size={self.group_size}, nodes_per_host={self.nodes_per_host}"
             )
 
-    def explain(self, nodes: int) -> Any:
-        """What this setting costs and survives on a cluster of `nodes`; the value returned prints itself as a table."""
-        from holdfast.coding import explain
-
-        return explain(parity=self.parity, group_size=self.group_size, nodes=nodes)
+    explain = _Explain()

@@ -42,3 +42,22 @@ def test_a_setting_cannot_change_after_it_was_checked_nor_be_given_by_position()
         Redundancy().parity = 200  # type: ignore[misc]
     with pytest.raises(TypeError):
         Redundancy(2)  # type: ignore[misc]
+
+
+def test_a_setting_explains_itself_on_the_users_cluster(capsys):
+    Redundancy(parity=2, group_size=8).explain(nodes=64)
+    chosen = capsys.readouterr().out
+    assert "64" in chosen
+    assert "replication" in chosen
+
+
+def test_the_class_explains_what_a_user_gets_without_choosing(capsys):
+    Redundancy.explain(nodes=64)
+    by_class = capsys.readouterr().out
+    Redundancy().explain(nodes=64)
+    assert capsys.readouterr().out == by_class != ""
+
+
+def test_a_cluster_smaller_than_a_group_is_explained_as_it_is(capsys):
+    Redundancy(parity=1).explain(nodes=4)
+    assert "4" in capsys.readouterr().out
