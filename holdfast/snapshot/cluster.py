@@ -29,9 +29,6 @@ from holdfast.snapshot.client import connect
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
-_daemons: list[subprocess.Popen[bytes]] = []
-"""Started here and meant to go on; kept so that Python does not take them for forgotten children."""
-
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -97,9 +94,8 @@ def _wait_for(node: int, place: Path, deadline: float) -> None:
 def _start_process(job: str, node: int, place: Path, bind: str) -> None:
     log = runtime_dir() / f"keeper-{job}-{node}.log"
     with log.open("ab") as output:
-        _start_daemon(
-            [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind], output, _environment()
-        )
+        command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
+        _let_go(_start_daemon(command, output, _environment()))
 
 
 def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -107,8 +103,12 @@ def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environ
     )
-    _daemons.append(process)
     return process
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """It is meant to go on without us; Python would warn of a forgotten child when this object goes."""
+    process.returncode = 0
 
 
 def _start_in_ray(job: str, nodes: list[tuple[int, str]], ray_address: str | None, bind: str) -> None:
@@ -200,6 +200,7 @@ def _start_ray() -> LocalRay:
                 f"a local Ray did not start ({' / '.join(tail) or 'no output'}); its log is {place / 'ray.log'}"
             )
         time.sleep(0.1)
+    _let_go(process)
     (place / "ray.json").write_text(json.dumps({"address": started.address, "pid": started.pid}))
     logger.info("started a local Ray at %s (pid %d)", started.address, started.pid)
     return started
