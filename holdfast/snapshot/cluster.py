@@ -100,10 +100,8 @@ def _start_process(job: str, node: int, place: Path, bind: str) -> None:
 
 def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process in a session of its own that outlives this one."""
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, env=environ
-    )
-    return process
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
+    return subprocess.Popen(command, start_new_session=True, env=environ, **streams)
 
 
 def _let_go(process: subprocess.Popen[bytes]) -> None:
