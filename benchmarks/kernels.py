@@ -1,6 +1,6 @@
 """Compressed activations and KV: bytes, gradient error, loss curves; on a GPU also bandwidth, step time and peak memory.
 
-    python benchmarks/kernels.py [--json] [--quick]          on the CPU, about ten minutes on two cores
+    python benchmarks/kernels.py [--json] [--quick]          on the CPU, about fifteen minutes on two cores
     python benchmarks/kernels.py --gpu [--json] [--quick]    on one CUDA device, about three minutes
 
 The model is a byte-level GPT trained on Python's standard library, so that activations and gradients are those of a model that
@@ -19,6 +19,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
-        tokens, targets = batch(source, 4, length, generator)
+        tokens, targets = batch(source, max(1, 512 // length), length, generator)
         with context or nullcontext():
             loss = model(tokens, targets)
         optimizer.zero_grad()
@@ -183,17 +184,27 @@ def train(
 # -- on the CPU --------------------------------------------------------------------------------------------------------
 
 
-def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
-    """One step of 1024 tokens in bfloat16 autocast, after some training."""
-    source, length = text(), 256 if quick else 1024
+@cache
+def trained(*, quick: bool) -> tuple[torch.Tensor, GPT]:
+    """A text and a model that has seen 150 windows of it, of the length it is measured at: its positions are learned."""
+    length = 256 if quick else 1024
     torch.manual_seed(0)
-    model = GPT(256, 4, 4, length)
-    train(model, source, 5 if quick else 150, 1, None, min(length, 128))
+    source, model = text(), GPT(256, 4, 4, length)
+    train(model, source, 5 if quick else 150, 1, None, length)
+    return source, model
+
+
+def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
+    """One step of 1024 tokens, after some training."""
+    source, model = trained(quick=quick)
+    length = model.position.num_embeddings
     batches = [batch(source, 1, length, torch.Generator().manual_seed(100 + i)) for i in range(1 if quick else 3)]
     bytes_of: dict[str, float] = {}
     error_of: dict[str, float] = {}
     for precision in ("fp32", "amp"):
         for name, policy in POLICIES.items():
+            if precision == "fp32" and name not in ("exact", "int8", "mixed int4/int8"):
+                continue  # the yardstick is bfloat16
             errors, worst, totals = [], [], []
             for tokens, targets in batches:
 
@@ -276,40 +287,39 @@ def loss_curves(bench: Bench, *, quick: bool) -> None:
 
 def chunked(bench: Bench, *, quick: bool) -> None:
     """Four chunks; earlier chunks' K and V packed."""
-    length = 256 if quick else 1024
-    torch.manual_seed(0)
-    source, model = text(), GPT(256, 4, 4, length)
-    train(model, source, 5 if quick else 150, 1, None, min(length, 128))
-    tokens, targets = batch(source, 1, length, torch.Generator().manual_seed(77))
+    source, model = trained(quick=quick)
+    length = model.position.num_embeddings
     chunk = length // 4
-    pieces = [(tokens[:, i : i + chunk], targets[:, i : i + chunk], i) for i in range(0, length, chunk)]
 
     def gradients() -> torch.Tensor:
         found = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
         model.zero_grad()
         return found
 
-    model.zero_grad()
-    (4 * model(tokens, targets)).backward()
-    exact = gradients()
     specs = {
         "exact": KVSpec(key=None, value=None),
         "int8": KVSpec(key=INT8, value=INT8),
         "int4, KIVI layout": KVSpec(),
         "mxfp8": KVSpec(key=MXFP8, value=MXFP8),
     }
-    for name, spec in specs.items():
-        result = chunked_backward(
-            lambda piece, context: model(piece[0], piece[1], piece[2], context), pieces, ChunkKVStore(spec)
-        )
-        error = float((gradients() - exact).norm() / exact.norm())
-        newest = result.kv_exact_bytes / 4
-        past = (result.kv_bytes - newest) / (result.kv_exact_bytes - newest)
-        bench.row("chunked", name, "gradient_error", "ratio", [error])
-        bench.row("chunked", name, "past_kv_bytes_vs_fp32", "ratio", [past])
-        if name.startswith("int4"):
-            bench.goal("kv_int4_error", 1e-2, error)
-            bench.goal("kv_int4_bytes_vs_bf16", 0.30, 2 * past)
+    errors: dict[str, list[float]] = {name: [] for name in specs}
+    ratios: dict[str, float] = {}
+    for seed in (77,) if quick else (77, 78, 79):
+        tokens, targets = batch(source, 1, length, torch.Generator().manual_seed(seed))
+        pieces = [(tokens[:, i : i + chunk], targets[:, i : i + chunk], i) for i in range(0, length, chunk)]
+        model.zero_grad()
+        (4 * model(tokens, targets)).backward()
+        exact = gradients()
+        for name, spec in specs.items():
+            result = chunked_backward(lambda piece, context: model(*piece, context), pieces, ChunkKVStore(spec))
+            errors[name].append(float((gradients() - exact).norm() / exact.norm()))
+            newest = result.kv_exact_bytes / 4
+            ratios[name] = (result.kv_bytes - newest) / (result.kv_exact_bytes - newest)
+    for name in specs:
+        bench.row("chunked", name, "gradient_error", "ratio", errors[name])
+        bench.row("chunked", name, "past_kv_bytes_vs_fp32", "ratio", [ratios[name]])
+    bench.goal("kv_int4_error", 1e-2, statistics.median(errors["int4, KIVI layout"]))
+    bench.goal("kv_int4_bytes_vs_bf16", 0.30, 2 * ratios["int4, KIVI layout"])
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
