@@ -1,14 +1,14 @@
-"""Parity over nodes: pull the blocks of a stripe, encode them, hand the parities on; and rebuild what a lost node held.
+"""The bytes of nodes, near and far: as blocks of stripes, piece by piece; and what a lost node held, rebuilt from them.
 
-A node's bytes are cut into blocks and spread over rotating stripes (RotatingLayout). The first owner of a stripe pulls its
-k blocks and computes all m parities, handing m-1 on, which moves the fewest bytes that can be moved: S(n-1)/(n-m) per node.
-Keepers on one host read each other's slots through a mapping; others ask over TCP, with a CRC on every piece.
+A node's bytes are cut into blocks and spread over rotating stripes (RotatingLayout). Keepers on one host read each other's
+slots through a mapping; others ask over TCP, the next piece always under way while the last one is worked on.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,31 +40,50 @@ class SlotReader:
     """
 
     def __init__(self, member: Member, *, mapped: bool) -> None:
-        self.member, self._mapped = member, mapped
+        self.member, self.mapped = member, mapped
         self._slots: dict[str, Slot] = {}
         self._connection: Connection | None = None
 
     def read(self, name: str, epoch: int, step: int, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
         """`nbytes` of the body of slot `name`, which has to hold (epoch, step); the view may be `scratch` or the slot itself."""
-        if self._mapped:
-            slot = self._slots.get(name)
-            if slot is None:
-                slot = self._slots[name] = Slot.open(Path(self.member.memory) / name)
-                check_holds(slot, epoch, step)
-            return slot.body[offset : offset + nbytes]
-        header, data = self._ask(name=name, epoch=epoch, step=step, offset=offset, nbytes=nbytes, out=scratch[:nbytes])
-        found = crc32c(data)
-        if found != header["crc32c"]:
+        self.start(name, epoch, step, offset, nbytes, check=True)
+        return self.finish(name, epoch, step, offset, nbytes, scratch)
+
+    def start(self, name: str, epoch: int, step: int, offset: int, nbytes: int, *, check: bool) -> None:
+        """Ask for bytes that `finish` is going to return, and do not wait; with `check` they come with a CRC of their own."""
+        if not self.mapped:
+            self._connected().send("range", name=name, epoch=epoch, step=step, offset=offset, nbytes=nbytes, check=check)
+
+    def finish(self, name: str, epoch: int, step: int, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
+        """The bytes of the oldest `start` that has not been finished; `scratch` is where they land when they come by wire."""
+        if self.mapped:
+            return self.slot(name, epoch, step).body[offset : offset + nbytes]
+        header, data = self._connected().receive(scratch[:nbytes])
+        if len(data) != nbytes:
+            raise CorruptData(f"node {self.member.node} sent {len(data)} bytes of {name} where {nbytes} were asked for")
+        if "crc32c" in header and (found := crc32c(data)) != header["crc32c"]:
             raise CorruptData(
                 f"{name} of node {self.member.node}: {nbytes} bytes at {offset} arrived with crc32c {found:08x}, were sent with "
                 f"{header['crc32c']:08x}; the network damages data"
             )
         return data
 
-    def _ask(self, **fields: Any) -> tuple[dict[str, Any], memoryview]:
+    def slot(self, name: str, epoch: int, step: int) -> Slot:
+        """The slot itself, mapped; for nodes of this host only."""
+        slot = self._slots.get(name)
+        if slot is None:
+            slot = self._slots[name] = Slot.open(Path(self.member.memory) / name)
+            check_holds(slot, epoch, step)
+        return slot
+
+    def ask(self, verb: str, **fields: Any) -> Any:
+        """A question to the node's keeper, on the connection that `start` uses."""
+        return self._connected().ask(verb, **fields)
+
+    def _connected(self) -> Connection:
         if self._connection is None:
             self._connection = Connection((self.member.address, self.member.port), self.member.token)
-        return self._connection.ask("range", **fields)  # type: ignore[no-any-return]
+        return self._connection
 
     def close(self) -> None:
         for slot in self._slots.values():
@@ -88,55 +107,81 @@ class NodeBytes:
     """The bytes of one node at one step as a single range, without joining them; zeros past its end."""
 
     def __init__(self, record: NodeRecord, group: GroupRecord, reader: SlotReader) -> None:
-        self._record, self._group, self._reader = record, group, reader
+        self._record, self._group, self.reader = record, group, reader
+        self.epoch, self.step = group.epoch, group.step
 
     def piece(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
         """Bytes [offset, offset + nbytes): a view of one slot where possible, else gathered in `scratch`."""
-        parts = list(self._parts(offset, nbytes))
+        self.start(offset, nbytes, check=True)
+        return self.finish(offset, nbytes, scratch)
+
+    def start(self, offset: int, nbytes: int, *, check: bool) -> None:
+        for _, name, start, count in self.parts(offset, nbytes):
+            self.reader.start(name, self._group.epoch, self._group.step, start, count, check=check)
+
+    def finish(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
+        parts = list(self.parts(offset, nbytes))
         if len(parts) == 1 and parts[0][3] == nbytes:
             _, name, start, count = parts[0]
-            return self._read(name, start, count, scratch)
+            return self._finish(name, start, count, scratch)
         out = scratch[:nbytes]
         out[:] = bytes(nbytes)
         spare = memoryview(bytearray(nbytes))
         for place, name, start, count in parts:
-            out[place : place + count] = self._read(name, start, count, spare)
+            out[place : place + count] = self._finish(name, start, count, spare)
         return out
 
-    def _read(self, name: str, start: int, nbytes: int, scratch: memoryview) -> memoryview:
-        return self._reader.read(name, self._group.epoch, self._group.step, start, nbytes, scratch)
+    def _finish(self, name: str, start: int, nbytes: int, scratch: memoryview) -> memoryview:
+        return self.reader.finish(name, self._group.epoch, self._group.step, start, nbytes, scratch)
 
-    def _parts(self, offset: int, nbytes: int) -> Iterator[tuple[int, str, int, int]]:
-        """(place in the piece, slot, offset in its body, bytes) for every slot that the range touches."""
+    def parts(self, offset: int, nbytes: int, *, padding: bool = False) -> Iterator[tuple[int, str, int, int]]:
+        """(place in the piece, slot, offset in its body, bytes) for every slot that the range touches.
+
+        With `padding` a slot reaches as far as its stride: over the zeros that stand for what it may have held before.
+        """
         base = 0
         for record in self._record.ranks:
-            start, stop = max(offset, base), min(offset + nbytes, base + record.body_nbytes)
+            end = base + (stride(record) if padding else record.body_nbytes)
+            start, stop = max(offset, base), min(offset + nbytes, end)
             if start < stop:
                 yield start - offset, slot_name(record.rank, self._group.index), start - base, stop - start
             base += stride(record)
 
 
-# -- encoding ----------------------------------------------------------------------------------------------------------
+class Parity:
+    """The parity of one node at one step as a range of bytes, read like `NodeBytes`."""
 
-Forward = Callable[[int, int, int, memoryview], None]
-"""Hand on a piece of parity: (node, row, offset in the block, bytes)."""
+    def __init__(self, group: GroupRecord, reader: SlotReader) -> None:
+        self._where, self._reader = (parity_name(group.index), group.epoch, group.step), reader
+
+    def start(self, offset: int, nbytes: int, *, check: bool) -> None:
+        self._reader.start(*self._where, offset, nbytes, check=check)
+
+    def finish(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
+        return self._reader.finish(*self._where, offset, nbytes, scratch)
 
 
-def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReader], own: memoryview, forward: Forward) -> None:
-    """Compute all parities of the stripe that `node` owns first: row 0 into `own`, the others handed on piece by piece."""
-    layout, size = group.layout, group.block_nbytes
-    stripe = group.position(node)
-    owners = layout.parity_owners(stripe)
-    sources = [(_bytes_of(group, place, readers), _wanted(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
-    code = ErasureCode(layout.k, group.parity)
-    scratch = [buffer.data for buffer in staggered(layout.k + group.parity, min(PIECE_NBYTES, size))]
-    for offset in range(0, size, PIECE_NBYTES):
-        nbytes = min(PIECE_NBYTES, size - offset)
-        data = [source.piece(base + offset, nbytes, scratch[i]) for i, (source, base) in enumerate(sources)]
-        parity = [own[offset : offset + nbytes], *(buffer[:nbytes] for buffer in scratch[layout.k + 1 :])]
-        code.encode(data, parity)
-        for row in range(1, group.parity):
-            forward(group.records[owners[row]].node, row, offset, parity[row])
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One fragment of a stripe: the bytes from `base` on of a node, or of its parity."""
+
+    of: NodeBytes | Parity
+    base: int
+
+
+def pieces(blocks: Sequence[Block], nbytes: int, scratch: Sequence[memoryview], *, check: bool) -> Iterator[list[memoryview]]:
+    """All blocks side by side, PIECE_NBYTES at a time. The next piece is under way while the last one is worked on."""
+
+    def start(offset: int) -> None:
+        for block in blocks:
+            block.of.start(block.base + offset, min(PIECE_NBYTES, nbytes - offset), check=check)
+
+    start(0)
+    for offset in range(0, nbytes, PIECE_NBYTES):
+        if offset + PIECE_NBYTES < nbytes:
+            start(offset + PIECE_NBYTES)
+        size = min(PIECE_NBYTES, nbytes - offset)
+        yield [block.of.finish(block.base + offset, size, place) for block, place in zip(blocks, scratch, strict=False)]
 
 
 # -- rebuilding --------------------------------------------------------------------------------------------------------
@@ -163,7 +208,7 @@ def rebuild_blocks(
     code = ErasureCode(layout.k, group.parity)
     scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
     for stripe in range(layout.stripes):
-        column, base, kind = _wanted(group, place, stripe)
+        column, base, kind = wanted(group, place, stripe)
         if kind == "parity" and not parity_too:
             continue
         sources = _sources(group, stripe, place, readers, with_data, with_parity)
@@ -171,17 +216,16 @@ def rebuild_blocks(
             raise MissingData(
                 f"step {group.step}: stripe {stripe} has {len(sources)} of the {layout.k} blocks that rebuilding needs"
             )
-        for offset in range(0, size, PIECE_NBYTES):
-            nbytes = min(PIECE_NBYTES, size - offset)
-            out = scratch[layout.k][:nbytes]
-            have = {
-                index: read(offset, nbytes, scratch[i]) for i, (index, read) in enumerate(list(sources.items())[: layout.k])
-            }
-            code.reconstruct(have, {column: out})
+        chosen = list(sources)[: layout.k]
+        offset = 0
+        for data in pieces([sources[index] for index in chosen], size, scratch, check=True):
+            out = scratch[layout.k][: len(data[0])]
+            code.reconstruct(dict(zip(chosen, data, strict=True)), {column: out})
             store(kind, base + offset, out)
+            offset += len(out)
 
 
-def _wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:
+def wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:
     """Which fragment of the stripe this position holds: (code index, offset in its bytes, kind)."""
     layout = group.layout
     column, block = layout.column(place, stripe), layout.block(place, stripe)
@@ -191,9 +235,6 @@ def _wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]
     return layout.k + row, row * group.block_nbytes, "parity"
 
 
-Read = Callable[[int, int, memoryview], memoryview]
-
-
 def _sources(
     group: GroupRecord,
     stripe: int,
@@ -201,32 +242,23 @@ def _sources(
     readers: Mapping[int, SlotReader],
     with_data: frozenset[int],
     with_parity: frozenset[int],
-) -> dict[int, Read]:
-    """Every fragment of the stripe that a survivor holds, by code index, as a function that reads a piece of it."""
+) -> dict[int, Block]:
+    """Every fragment of the stripe that a survivor holds, by code index."""
     layout = group.layout
-    found: dict[int, Read] = {}
+    found: dict[int, Block] = {}
     for place in range(layout.n):
         node = group.records[place].node
         if place == without or node not in readers:
             continue
-        index, base, kind = _wanted(group, place, stripe)
+        index, base, kind = wanted(group, place, stripe)
         if kind == "node" and node in with_data:
-            found[index] = _node_piece(_bytes_of(group, place, readers), base)
+            found[index] = Block(bytes_of(group, place, readers), base)
         elif kind == "parity" and node in with_parity:
-            found[index] = _parity_piece(group, readers[node], base)
+            found[index] = Block(Parity(group, readers[node]), base)
     return found
 
 
-def _node_piece(source: NodeBytes, base: int) -> Read:
-    return lambda offset, nbytes, scratch: source.piece(base + offset, nbytes, scratch)
-
-
-def _parity_piece(group: GroupRecord, reader: SlotReader, base: int) -> Read:
-    name = parity_name(group.index)
-    return lambda offset, nbytes, scratch: reader.read(name, group.epoch, group.step, base + offset, nbytes, scratch)
-
-
-def _bytes_of(group: GroupRecord, place: int, readers: Mapping[int, SlotReader]) -> NodeBytes:
+def bytes_of(group: GroupRecord, place: int, readers: Mapping[int, SlotReader]) -> NodeBytes:
     record = group.records[place]
     return NodeBytes(record, group, readers[record.node])
 
@@ -239,7 +271,17 @@ class RowsInFlight:
 
     def __init__(self, rows: int, block_nbytes: int) -> None:
         self._missing = dict.fromkeys(range(rows), block_nbytes)
+        self._adopted: set[int] = set()
         self._lock = threading.Lock()
+        self.crcs: dict[int, int] = {}
+        """The CRC of a row, where it was made from the row's bytes as they were computed."""
+
+    def adopt(self, row: int) -> bool:
+        """True the first time: the row is about to begin as what it was in the last snapshot."""
+        with self._lock:
+            fresh = row not in self._adopted
+            self._adopted.add(row)
+            return fresh
 
     def add(self, row: int, nbytes: int) -> bool:
         """Note `nbytes` of a row; True when that made the last row complete."""

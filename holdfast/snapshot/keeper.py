@@ -59,15 +59,17 @@ from holdfast.snapshot.exchange import (
     RowsInFlight,
     SlotReader,
     check_holds,
-    encode_stripe,
     parity_name,
     slot_name,
 )
 from holdfast.snapshot.outbox import Outbox
-from holdfast.snapshot.slots import Meta, SlotState, aligned
+from holdfast.snapshot.outline import Outlines, base_of, difference
+from holdfast.snapshot.parity import Base, Forward, encode_stripe, receive_piece
+from holdfast.snapshot.sealing import seal_rank
+from holdfast.snapshot.slots import Slot, SlotState
 from holdfast.snapshot.store import META_ROOM, NodeSlots, group_of, rank_record
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, View, effective_parity
-from holdfast.snapshot.wire import Connection, Header, Reply, Server
+from holdfast.snapshot.wire import Connection, FileRange, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +102,7 @@ class Keeper:
         self._guard = only_one(memory)
         self.slots = NodeSlots(job, node, memory)
         self._lock = self.slots.lock
+        self._outlines = Outlines(self.slots)
         self.token = secrets.token_hex(16)
         listeners, port = listen(memory / SOCKET, bind)
         self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), ())
@@ -262,17 +265,25 @@ class Keeper:
             self._jobs.put(lambda: self._encode(round))
 
     def verb_parity(
-        self, step: int, index: int, round: int, row: int, offset: int, block_nbytes: int, crc: int, payload: memoryview
+        self,
+        step: int,
+        index: int,
+        round: int,
+        row: int,
+        offset: int,
+        block_nbytes: int,
+        crc: int,
+        base: list[int] | None = None,
+        payload: memoryview | bytes = b"",
     ) -> None:
-        """A piece of a parity row that a first owner computed for this node."""
+        """A piece of a parity row that a first owner computed for this node, or with `base` a change of it."""
         if crc32c(payload) != crc:
             raise CorruptData(f"parity row {row} of step {step} at {offset}: the piece arrived damaged")
         rows = self._prepare_parity(step, index, round, block_nbytes)
         if rows is None:
             return
-        start = row * block_nbytes + offset
-        self.slots[parity_name(index)].body[start : start + len(payload)] = payload
-        if rows.add(row, len(payload)):
+        since = (base[0], base[1]) if base else None
+        if receive_piece(self.slots, index, row, offset, block_nbytes, memoryview(payload), since, rows):
             self._jobs.put(lambda: self._protected(round))
 
     def verb_coordinate(self, event: str, fields: Header) -> None:
@@ -328,16 +339,33 @@ class Keeper:
         logger.info("run %s has ended; node %d gives its memory back", self.job, self.node)
         self._jobs.put(self.close)
 
-    def verb_range(self, name: str, epoch: int, step: int, offset: int, nbytes: int, connection: int) -> Reply:
-        """Bytes of a slot's body, with their CRC as they were read here."""
+    def verb_range(
+        self, name: str, epoch: int, step: int, offset: int, nbytes: int, connection: int, check: bool = True
+    ) -> Reply:
+        """Bytes of a slot's body; with `check` also their CRC as they were read here."""
+        slot = self._slot_of(name, epoch, step)
+        if not 0 <= offset <= offset + nbytes <= len(slot.body):
+            raise MissingData(f"{name} of node {self.node} has {len(slot.body)} bytes; {nbytes} at {offset} were asked for")
+        crc = {"crc32c": crc32c(slot.body[offset : offset + nbytes])} if check else {}
+        with self._lock:  # a slot that is replaced meanwhile would hand its descriptor's number to another file
+            return crc, FileRange(*slot.file_range(offset, nbytes))
+
+    def verb_outline(self, name: str, epoch: int, step: int, offset: int, nbytes: int, base: list[int] | None) -> Header:
+        """The CRC of a range as it was captured, or which parts of it have changed since the committed snapshot `base`."""
+        slot = self._slot_of(name, epoch, step)
+        return self._outlines.answer(slot, offset, nbytes, (base[0], base[1]) if base else None)
+
+    def verb_difference(self, name: str, epoch: int, step: int, offset: int, nbytes: int, base: list[int]) -> Reply:
+        """A range of a slot XORed with the same range of the committed snapshot beside it."""
+        slot = self._slot_of(name, epoch, step)
+        return {}, difference(base_of(self.slots, name, (base[0], base[1])), slot, offset, nbytes).data
+
+    def _slot_of(self, name: str, epoch: int, step: int) -> Slot:
         slot = self.slots.get(name)
         if slot is None:
             raise MissingData(f"node {self.node} has no slot {name}")
         check_holds(slot, epoch, step)
-        if not 0 <= offset <= offset + nbytes <= len(slot.body):
-            raise MissingData(f"{name} of node {self.node} has {len(slot.body)} bytes; {nbytes} at {offset} were asked for")
-        data = slot.body[offset : offset + nbytes]
-        return {"crc32c": crc32c(data)}, data
+        return slot
 
     def verb_rebuild(
         self, group: Header, lost: int, survivors: list[Header], with_data: list[int], with_parity: list[int]
@@ -397,23 +425,8 @@ class Keeper:
             return
         slot, table = self.slots[slot_name(rank, index)], self._tables[rank][1]
         crash_point("snapshot.filled")
-        body = slot.body
-        meta = Meta(table.with_crcs([crc32c(body[row.slot_offset : row.slot_offset + row.nbytes]) for row in table]), objects)
-        data = meta.to_bytes()
-        start = aligned(payload_nbytes)
-        if start + len(data) > slot.capacity:
-            raise ClusterError(f"rank {rank}: table and objects of {len(data)} bytes do not fit behind the snapshot")
-        body[payload_nbytes:start] = bytes(start - payload_nbytes)
-        body[start : start + len(data)] = data
-        slot.update(
-            state=SlotState.VERIFIED,
-            epoch=self.epoch,
-            step=step,
-            world=self._view().world,
-            payload_nbytes=payload_nbytes,
-            meta_nbytes=len(data),
-            meta_crc32c=crc32c(data),
-        )
+        outline = seal_rank(slot, table, objects, payload_nbytes, self.epoch, step, self._view().world)
+        self._outlines.put(slot.path.name, outline)
         crash_point("snapshot.verified")
         self._publish(step, index, number)
 
@@ -437,10 +450,11 @@ class Keeper:
         if rows is None:
             return
         readers = {member.node: self._reader(member) for member in self._view().members if member.node in self._group_nodes()}
-        own = self.slots[parity_name(index)].body[: group.block_nbytes]
+        own, last = self.slots[parity_name(index)].body[: group.block_nbytes], self.slots.get(parity_name(1 - index))
         peers: dict[int, Connection] = {}
         try:
-            encode_stripe(group, self.node, readers, own, self._forward(step, index, number, group.block_nbytes, peers))
+            forward = self._forward(step, index, number, group.block_nbytes, peers)
+            rows.crcs[0] = encode_stripe(group, self.node, readers, own, forward, last)
         finally:
             for reader in readers.values():
                 reader.close()
@@ -458,15 +472,13 @@ class Keeper:
         group = self._group(step, index, number)
         with self._lock:
             if group.parity:
-                self.slots.seal_parity(group, SlotState.ENCODED)
+                self.slots.seal_parity(group, SlotState.ENCODED, self._rows.crcs if self._rows else {})
             for slot in self.slots.of_step(step, index):
                 slot.update(state=SlotState.ENCODED)
         crash_point("snapshot.encoded")
         self._tell_coordinator(Encoded(self.node, step, self._progress(), number))
 
-    def _forward(
-        self, step: int, index: int, number: int, block_nbytes: int, connections: dict[int, Connection]
-    ) -> Callable[[int, int, int, memoryview], None]:
+    def _forward(self, step: int, index: int, number: int, block_nbytes: int, connections: dict[int, Connection]) -> Forward:
         where: dict[str, Any] = {
             "step": step,
             "index": index,
@@ -475,12 +487,12 @@ class Keeper:
             "epoch_of_sender": self.epoch,
         }
 
-        def forward(node: int, row: int, offset: int, data: memoryview) -> None:
+        def forward(node: int, row: int, offset: int, data: memoryview, base: Base | None) -> None:
             connection = connections.get(node)
             if connection is None:
                 member = self._view().member(node)
                 connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, row=row, offset=offset, crc=crc32c(data), **where)
+            connection.ask("parity", data, row=row, offset=offset, crc=crc32c(data), base=base, **where)
 
         return forward
 

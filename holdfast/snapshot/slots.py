@@ -72,9 +72,9 @@ def aligned(nbytes: int) -> int:
 class Slot:
     """One slot file, mapped. The keeper creates and owns it; trainers and peers map it by name."""
 
-    def __init__(self, path: Path, header: SlotHeader, mapping: mmap.mmap, *, writable: bool) -> None:
+    def __init__(self, path: Path, header: SlotHeader, mapping: mmap.mmap, fd: int, *, writable: bool) -> None:
         self.path, self.header = path, header
-        self._map, self._writable = mapping, writable
+        self._map, self._fd, self._writable = mapping, fd, writable
         self.body = memoryview(mapping)[HEADER_NBYTES:]
 
     @classmethod
@@ -88,11 +88,10 @@ class Slot:
             os.posix_fallocate(fd, 0, nbytes)
             mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
         except OSError as error:
+            os.close(fd)
             fresh.unlink(missing_ok=True)
             raise _out_of_memory(path, nbytes, error) from error
-        finally:
-            os.close(fd)
-        slot = cls(path, header, mapping, writable=True)
+        slot = cls(path, header, mapping, fd, writable=True)
         slot.write_header(header)
         fresh.rename(path)
         return slot
@@ -110,16 +109,24 @@ class Slot:
                 raise CorruptData(f"slot {path} has {nbytes} bytes; a slot has more than its {HEADER_NBYTES}-byte header page")
             access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
             mapping = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, access)
-        finally:
+            header = _newest_header(path, memoryview(mapping)[:HEADER_NBYTES])
+        except BaseException:
             os.close(fd)
-        slot = cls(path, _newest_header(path, memoryview(mapping)[:HEADER_NBYTES]), mapping, writable=writable)
+            raise
+        slot = cls(path, header, mapping, fd, writable=writable)
         if slot.header.body_nbytes > len(slot.body):
-            raise CorruptData(f"slot {path}: header claims {slot.header.body_nbytes} bytes, the file holds {len(slot.body)}")
+            claimed, held = slot.header.body_nbytes, len(slot.body)
+            slot.close()
+            raise CorruptData(f"slot {path}: header claims {claimed} bytes, the file holds {held}")
         return slot
 
     @property
     def capacity(self) -> int:
         return len(self.body)
+
+    def file_range(self, offset: int, nbytes: int) -> tuple[int, int, int]:
+        """A descriptor of the caller's own, and where bytes of the body lie in the file: for sendfile."""
+        return os.dup(self._fd), HEADER_NBYTES + offset, nbytes
 
     def update(self, **changes: Any) -> SlotHeader:
         """Change the header; from then on that is what a reader finds, whoever dies."""
@@ -151,6 +158,9 @@ class Slot:
 
     def close(self) -> None:
         """Unmap, unless somebody still holds a view; then the mapping goes when the last view does."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         try:
             self.body.release()
             self._map.close()

@@ -71,14 +71,20 @@ class NodeSlots(dict[str, Slot]):
                 if slot.header.index == index and slot.header.step == step and slot.header.state >= SlotState.VERIFIED
             ]
 
-    def seal_parity(self, group: GroupRecord, state: SlotState) -> None:
-        """Write behind the parity rows which group and step they belong to; only then does the header say that they are whole."""
+    def seal_parity(self, group: GroupRecord, state: SlotState, crcs: Mapping[int, int] | None = None) -> None:
+        """Write behind the parity rows which group and step they belong to; only then does the header say that they are whole.
+
+        `crcs` are those of rows that are known from when they were computed; the others are read.
+        """
+        known = crcs or {}
         slot = self[parity_name(group.index)]
         size = group.parity * group.block_nbytes
-        rows = {
-            f"row-{row}": f"{crc32c(slot.body[row * group.block_nbytes : (row + 1) * group.block_nbytes]):08x}"
-            for row in range(group.parity)
-        }
+
+        def crc_of(row: int) -> int:
+            stored = slot.body[row * group.block_nbytes : (row + 1) * group.block_nbytes]
+            return known[row] if row in known else crc32c(stored)
+
+        rows = {f"row-{row}": f"{crc_of(row):08x}" for row in range(group.parity)}
         data = Meta(FragmentTable.from_rows([]), {"group": json.dumps(group.to_json()), **rows}).to_bytes()
         start = aligned(size)
         slot.body[start : start + len(data)] = data

@@ -61,7 +61,8 @@ class NodeRecord(_Json):
 
 
 def stride(record: RankRecord) -> int:
-    return -(-record.body_nbytes // 64) * 64
+    """Whole pages, so that a text that is a few bytes longer in the next snapshot does not move the ranks behind it."""
+    return -(-record.body_nbytes // 4096) * 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hmac
 import json
 import logging
+import os
 import socket
 import struct
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from holdfast import errors
@@ -31,17 +33,46 @@ STRANGER_LIMIT = 4096
 _LENGTHS = struct.Struct("!II")
 
 Header = dict[str, Any]
-Reply = tuple[Header, memoryview | bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A payload that the kernel takes from a file: no byte of it passes through this process. `fd` is closed once it is sent."""
+
+    fd: int
+    offset: int
+    nbytes: int
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def send(self, sock: socket.socket) -> None:
+        sent = 0
+        while sent < self.nbytes:
+            count = os.sendfile(sock.fileno(), self.fd, self.offset + sent, self.nbytes - sent)
+            if count == 0:  # the file is shorter than was said; what follows would be taken for these bytes
+                raise EOFError("a slot shrank while it was sent")
+            sent += count
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+Payload = memoryview | bytes | FileRange
+Reply = tuple[Header, Payload]
 Handler = Callable[[str, Header, memoryview], Reply | Header | None]
 
 
 # -- frames ------------------------------------------------------------------------------------------------------------
 
 
-def send_frame(sock: socket.socket, header: Header, payload: memoryview | bytes = b"") -> None:
+def send_frame(sock: socket.socket, header: Header, payload: Payload = b"") -> None:
     body = json.dumps(header, separators=(",", ":")).encode()
-    sock.sendall(_LENGTHS.pack(len(body), len(payload)) + body)
-    if len(payload):
+    more = socket.MSG_MORE if len(payload) else 0  # one segment fewer, and one waking up of the receiver
+    sock.sendall(_LENGTHS.pack(len(body), len(payload)) + body, more)
+    if isinstance(payload, FileRange):
+        payload.send(sock)
+    elif len(payload):
         sock.sendall(payload)
 
 
@@ -103,6 +134,31 @@ class Connection:
             self.close()
             raise
 
+    def send(self, verb: str, **fields: Any) -> None:
+        """Send a request without waiting; its answer comes with `receive`, in the order of requests.
+
+        For one thread, and never beside `ask`.
+        """
+        try:
+            send_frame(self._sock, {"verb": verb, **fields})
+        except OSError as error:
+            raise self._gone(verb, error) from error
+
+    def receive(self, out: memoryview) -> tuple[Header, memoryview]:
+        """The answer to the oldest request that has none yet. After an error the connection is of no more use."""
+        try:
+            header, body = receive_frame(self._sock, out)
+        except (OSError, EOFError, ClusterError) as error:
+            raise self._gone("receive", error) from error
+        if "error" in header:
+            self.close()
+            raise _error_class(header["error"])(header["message"])
+        return header, body
+
+    def _gone(self, verb: str, error: Exception) -> KeeperUnreachable:
+        self.close()
+        return KeeperUnreachable(f"the keeper at {_text(self.address)} went away during {verb!r} ({error})")
+
     def ask(self, verb: str, payload: memoryview | bytes = b"", *, out: memoryview | None = None, **fields: Any) -> Any:
         """Send a request, wait for its answer; returns the header, or (header, payload) where the answer has bytes."""
         with self._lock:
@@ -110,8 +166,7 @@ class Connection:
                 send_frame(self._sock, {"verb": verb, **fields}, payload)
                 header, body = receive_frame(self._sock, out)
             except (OSError, EOFError, ClusterError) as error:
-                self.close()
-                raise KeeperUnreachable(f"the keeper at {_text(self.address)} went away during {verb!r} ({error})") from error
+                raise self._gone(verb, error) from error
         if "error" in header:
             raise _error_class(header["error"])(header["message"])
         return (header, body) if len(body) else header
@@ -203,7 +258,11 @@ class Server:
             logger.exception("request %r could not be answered", verb)
             reply = {"error": "ClusterError", "message": f"the keeper could not answer {verb!r}: {error!r}"}
         fields, body = reply if isinstance(reply, tuple) else (reply or {}, b"")
-        send_frame(sock, fields, body)
+        try:
+            send_frame(sock, fields, body)
+        finally:
+            if isinstance(body, FileRange):
+                body.close()
 
 
 def _same(token: str, expected: str) -> bool:

@@ -21,14 +21,15 @@ from holdfast.snapshot.exchange import (
     RowsInFlight,
     SlotReader,
     check_holds,
-    encode_stripe,
     parity_name,
     rebuild_blocks,
     slot_name,
 )
+from holdfast.snapshot.outline import Outlines
+from holdfast.snapshot.parity import encode_stripe
 from holdfast.snapshot.slots import Slot, SlotHeader, SlotState
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, stride
-from holdfast.snapshot.wire import Header, Server
+from holdfast.snapshot.wire import FileRange, Header, Server
 
 EPOCH, STEP, INDEX = 3, 40, 1
 TOKEN = "t"
@@ -47,6 +48,7 @@ class Group:
         generator = np.random.default_rng(len(sizes) * 10 + parity)
         self.slots: dict[int, dict[str, Slot]] = {}
         self.members: list[Member] = []
+        self.damage, self.servers = 0, []
         records = []
         for position, ranks in enumerate(sizes):
             node = 2 * position + 1  # numbers and positions are different things
@@ -60,13 +62,32 @@ class Group:
                 slots[slot.path.name] = slot
                 rank_records.append(RankRecord(rank, nbytes, 0, 0, nbytes))
             self.slots[node] = slots
-            self.members.append(Member(node, "here", "127.0.0.1", 0, TOKEN, str(memory), ()))
+            listener = socket.create_server(("127.0.0.1", 0))
+            self.servers.append(Server([listener], TOKEN, self.answer(slots)))
+            self.members.append(Member(node, "here", "127.0.0.1", listener.getsockname()[1], TOKEN, str(memory), ()))
             records.append(NodeRecord(node, tuple(rank_records)))
         self.record = GroupRecord(EPOCH, STEP, INDEX, sum(map(len, sizes)), parity, tuple(records))
         for member in self.members:
             size = self.record.parity * self.record.block_nbytes
             slot = self.slot(Path(member.memory) / parity_name(INDEX), member.node, -1, size)
             self.slots[member.node][parity_name(INDEX)] = slot
+
+    def answer(self, slots: dict[str, Slot]) -> Any:
+        """What keepers answer each other while they make parity and rebuild."""
+        outlines = Outlines(slots)
+
+        def handle(verb: str, fields: Header, payload: memoryview) -> Any:
+            slot, offset, nbytes = slots[fields["name"]], fields["offset"], fields["nbytes"]
+            check_holds(slot, fields["epoch"], fields["step"])
+            data = slot.body[offset : offset + nbytes]
+            if verb == "outline":
+                return outlines.answer(slot, offset, nbytes, None)
+            assert verb == "range"
+            return {"crc32c": crc32c(data) ^ self.damage} if fields["check"] else {}, FileRange(
+                *slot.file_range(offset, nbytes)
+            )
+
+        return handle
 
     @staticmethod
     def slot(path: Path, node: int, rank: int, nbytes: int) -> Slot:
@@ -84,7 +105,8 @@ class Group:
     def encode(self, *, mapped: bool = True) -> None:
         size = self.record.block_nbytes
 
-        def forward(node: int, row: int, offset: int, data: memoryview) -> None:
+        def forward(node: int, row: int, offset: int, data: memoryview, base: Any) -> None:
+            assert base is None
             start = row * size + offset
             self.slots[node][parity_name(INDEX)].body[start : start + len(data)] = data
 
@@ -119,6 +141,8 @@ class Group:
         return {"node": data.ljust(length, b"\0"), "parity": bytes(parity)}
 
     def close(self) -> None:
+        for server in self.servers:
+            server.close()
         for slots in self.slots.values():
             for slot in slots.values():
                 slot.close()
@@ -210,33 +234,6 @@ def test_survivors_that_lost_their_own_bytes_still_give_their_parity(tmp_path: P
 # -- over the network --------------------------------------------------------------------------------------------------
 
 
-class Keepers:
-    """One real server for each node that answers `range` from the slots, as keepers do."""
-
-    def __init__(self, group: Group) -> None:
-        self.damage = 0
-        self.servers = []
-        for place, member in enumerate(group.members):
-            listener = socket.create_server(("127.0.0.1", 0))
-            self.servers.append(Server([listener], TOKEN, self.answer(group.slots[member.node])))
-            port = listener.getsockname()[1]
-            group.members[place] = Member(member.node, "there", "127.0.0.1", port, TOKEN, "/nowhere", ())
-
-    def answer(self, slots: dict[str, Slot]) -> Any:
-        def handle(verb: str, fields: Header, payload: memoryview) -> Any:
-            assert verb == "range"
-            slot = slots[fields["name"]]
-            check_holds(slot, fields["epoch"], fields["step"])
-            data = slot.body[fields["offset"] : fields["offset"] + fields["nbytes"]]
-            return {"crc32c": crc32c(data) ^ self.damage}, data
-
-        return handle
-
-    def close(self) -> None:
-        for server in self.servers:
-            server.close()
-
-
 @pytest.mark.parametrize(("n", "m"), [(2, 1), (4, 2), (5, 3)])
 def test_the_same_over_tcp(tmp_path: Path, n: int, m: int) -> None:
     with group_of(tmp_path, sizes_of(n, seed=n), m) as group:
@@ -244,23 +241,19 @@ def test_the_same_over_tcp(tmp_path: Path, n: int, m: int) -> None:
         near = {node: group.expected(node) for node in group.nodes}
         for slots in group.slots.values():
             slots[parity_name(INDEX)].body[:] = bytes(slots[parity_name(INDEX)].capacity)
-        keepers = Keepers(group)
         group.encode(mapped=False)
         assert {node: group.expected(node) for node in group.nodes} == near
         for lost in combinations(group.nodes, m):
             survivors = [node for node in group.nodes if node not in lost]
             assert group.rebuild(lost[0], survivors, mapped=False) == near[lost[0]]
-        keepers.close()
 
 
 def test_bytes_damaged_on_the_way_are_refused(tmp_path: Path) -> None:
     with group_of(tmp_path, sizes_of(3, seed=3), 1) as group:
         group.encode()
-        keepers = Keepers(group)
-        keepers.damage = 1
+        group.damage = 1
         with pytest.raises(CorruptData, match="the network damages data"):
             group.rebuild(1, [3, 5], mapped=False)
-        keepers.close()
 
 
 @pytest.mark.parametrize("mapped", [True, False])
@@ -268,12 +261,9 @@ def test_bytes_damaged_on_the_way_are_refused(tmp_path: Path) -> None:
 def test_bytes_of_another_step_are_refused(tmp_path: Path, mapped: bool, change: dict[str, int]) -> None:
     with group_of(tmp_path, sizes_of(3, seed=4), 1) as group:
         group.encode()
-        keepers = None if mapped else Keepers(group)
         group.slots[3][slot_name(30, INDEX)].update(**change)
         with pytest.raises(MissingData, match=r"slot-30-1 of node 3 holds step \d+ of epoch \d, not step 40 of epoch 3"):
             group.rebuild(1, [3, 5], mapped=mapped)
-        if keepers:
-            keepers.close()
 
 
 def test_a_slot_that_is_gone_is_missing(tmp_path: Path) -> None:
