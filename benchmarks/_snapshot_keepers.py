@@ -242,12 +242,12 @@ def beside_a_trainer(report: Report, clusters: dict[str, Cluster], n: int) -> No
     for name, cluster in clusters.items():
         say(f"a trainer beside keepers over {name}")
         slower, steps = [], []
-        before = step_s(2)
+        before = step_s(1)
         for _ in range(n):
             cluster.go()
-            beside = step_s(3)
+            beside = step_s(2)
             cluster.rest()
-            after = step_s(2)
+            after = step_s(1)
             slower.append(beside / ((before + after) / 2))
             steps.append(1e3 * beside)
             before = after

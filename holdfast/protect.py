@@ -29,7 +29,8 @@ def protect(
     Leaving after the last step waits until that step is committed (and is a checkpoint, where `checkpoints` is given), then
     gives the memory back; leaving by an exception keeps the snapshots for the next start.
 
-    snapshot_every: a number of steps, or "auto": as often as the keepers can follow.
+    snapshot_every: a number of steps, or "auto": every step at first, then as often as loses least time, from the measured cost of
+        a snapshot and the failure rate, and never faster than the keepers can follow.
     checkpoint_every: a number of steps, or "auto": 1000; the last step always becomes a checkpoint.
     name: what a restart finds its snapshots by; by default derived from `checkpoints`, or from the script and its arguments.
     memory_dir: where slots live, /dev/shm by default.
@@ -44,6 +45,7 @@ def protect(
         checkpoints=None if checkpoints is None else str(checkpoints),
         redundancy=redundancy or Redundancy(),
         snapshot_every=every,
+        snapshot_adaptive=snapshot_every == "auto",
         checkpoint_every=_steps("checkpoint_every", checkpoint_every, auto=1000),
         name=name,
         memory_dir=memory_dir,

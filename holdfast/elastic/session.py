@@ -24,9 +24,11 @@ from holdfast.environment import Environment, check_job_name, default_job_name
 from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
 from holdfast.events import arm_from_text, emit
 from holdfast.redundancy import Redundancy
-from holdfast.snapshot.capture import Capturer, Stats, plan_capture
+from holdfast.snapshot.capture import Capturer, Stats
 from holdfast.snapshot.client import Endpoint, Link, connect
 from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory
+from holdfast.snapshot.fence import Fence
+from holdfast.snapshot.plan import plan_capture
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.view import Member, View, effective_parity
 
@@ -43,6 +45,7 @@ class Settings:
     checkpoints: str | None
     redundancy: Redundancy
     snapshot_every: int
+    snapshot_adaptive: bool
     checkpoint_every: int
     name: str | None
     memory_dir: str | None
@@ -105,7 +108,7 @@ class Run:
         self.step = 0
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
-        self._hooks: list[Any] = []
+        self._hooks: list[Fence] = []
         self._staleness = _Staleness(self.name)
 
     @property
@@ -203,6 +206,7 @@ class Run:
             parity=redundancy.parity,
             group_size=redundancy.group_size,
             every=self._settings.snapshot_every,
+            adaptive=self._settings.snapshot_adaptive,
             checkpoint_every=self._settings.checkpoint_every,
             checkpoints=self._settings.checkpoints,
             committed=restored.step,
@@ -232,9 +236,10 @@ class Run:
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
         link.page["completed"] = self.step
-        self._capturer = Capturer(self._tracked, link, rank)
-        for optimizer in self._tracked.optimizers.values():
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
+        self._capturer = capturer = Capturer(self._tracked, link, rank)
+        self._hooks = [
+            Fence(optimizer, capturer.fence, lambda: capturer.is_copying) for optimizer in self._tracked.optimizers.values()
+        ]
 
     def _report(self, team: Team) -> None:
         recovery = self.recovery
@@ -259,10 +264,6 @@ class Run:
         capturer.step_done(self.step)
         self._staleness.look(capturer.link.page["committed"], self.step)
         capturer.stats.stall_s += time.perf_counter() - started
-
-    def _fence(self) -> None:
-        if self._capturer is not None:
-            self._capturer.fence()
 
     def _running(self) -> Capturer:
         if self._capturer is None:

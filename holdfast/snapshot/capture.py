@@ -7,30 +7,27 @@ the optimizer changes them, waits for what is not copied yet. A capture during w
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
-from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, owned_boxes
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import crash_point, emit
 from holdfast.objects import encode_object
 from holdfast.snapshot.client import Link
-from holdfast.snapshot.slots import aligned
-from holdfast.snapshot.state import RNG, Held, TrackedState, local_part, rng_states
+from holdfast.snapshot.device import DeviceCopies
+from holdfast.snapshot.plan import CapturePlan, Part, plan_capture, samples, slot_view, source_of
+from holdfast.snapshot.state import RNG, TrackedState, rng_states
 
 logger = logging.getLogger(__name__)
-
-SAMPLES = 64
-"""Elements of each tensor compared after the copy. `_foreach` and fused kernels change DTensors without counting up their
-version (torch 2.13), so versions alone would miss a mutation of sharded parameters."""
 
 
 @dataclass(slots=True)
@@ -44,74 +41,33 @@ class Stats:
     stall_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One fragment to copy: which array, which box of it, and where in the slot it goes."""
+class _Gate:
+    """Whether one batch may be changed: copied, or for a GPU at least on its way, with an event for its stream to wait for."""
 
-    held: Held
-    box: Box
-    offset: int
-    nbytes: int
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.event: torch.cuda.Event | None = None
+        self.device: torch.device | None = None
 
-
-@dataclass(frozen=True)
-class CapturePlan:
-    """Where every byte of a snapshot goes; the same as long as the state's structure is."""
-
-    parts: tuple[Part, ...]
-    table: FragmentTable
-    nbytes: int
-    room_nbytes: int
-    """What the slot needs: the payload, and twice the table, which grows when CRCs are filled in."""
-
-    layout: str
-    signature: tuple[int, ...]
-
-    def is_current(self, signature: tuple[int, ...]) -> bool:
-        return self.signature == signature and all(part.held.is_current() for part in self.parts)
-
-
-def plan_capture(held: list[Held], rank: int, signature: tuple[int, ...] = ()) -> CapturePlan:
-    """Lay this rank's fragments out in a slot, each 64-byte aligned, replicated ones only where this replica owns them."""
-    parts: list[Part] = []
-    offset = 0
-    for item in held:
-        for box in owned_boxes(item.placement):
-            nbytes = box.size * ITEMSIZE[item.placement.spec.dtype]
-            parts.append(Part(item, box, offset, nbytes))
-            offset += aligned(nbytes)
-    table = FragmentTable.from_rows(_row(part, rank) for part in parts)
-    encoded = table.to_bytes()
-    layout = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-    return CapturePlan(tuple(parts), table, offset, offset + 2 * len(encoded), layout, signature)
-
-
-def _row(part: Part, rank: int) -> Fragment:
-    spec = part.held.placement.spec
-    return Fragment(spec.name, spec.dtype, spec.shape, part.box.offset, part.box.shape, rank, part.offset, part.nbytes)
-
-
-def source_of(part: Part) -> torch.Tensor:
-    """The live elements of a part, as a view of the local tensor."""
-    return view_of(part.held.local, part.held.placement.boxes[0], part.box)
-
-
-def view_of(local: torch.Tensor, holds: Box, box: Box) -> torch.Tensor:
-    return local if box == holds else local[box.slices(holds)]
+    def wait(self) -> None:
+        self.open.wait()
+        if self.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
 @dataclass
-class _Shot:
+class Shot:
     """A capture under way."""
 
     step: int
     index: int
     plan: CapturePlan
     eager: list[tuple[Part, torch.Tensor]]
-    versions: list[int]
+    versions: dict[int, int]
     objects: dict[str, str]
     rng: dict[str, Any]
     ready: torch.cuda.Event | None
+    gates: dict[tuple[int, int] | None, _Gate]
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -122,14 +78,14 @@ class Capturer:
         self.state, self.link, self.rank = state, link, rank
         self.stats = Stats()
         self._plan: CapturePlan | None = None
-        self._queue: queue.SimpleQueue[_Shot | tuple[int, str] | None] = queue.SimpleQueue()
-        self._copied = threading.Event()
-        self._copied.set()
+        self._queue: queue.SimpleQueue[Shot | tuple[int, str] | None] = queue.SimpleQueue()
+        self._gates: dict[tuple[int, int] | None, _Gate] = {}
         self._idle = threading.Event()
         self._idle.set()
         self._handled = (0, 0)
-        self._stream: torch.cuda.Stream | None = None
-        self._pinned: dict[int, int] = {}
+        self._done, self._stall_s = time.perf_counter(), 0.0
+        self._device = DeviceCopies()
+        link.before_unmap = self._device.unpin
         self._thread = threading.Thread(target=self._run, name="holdfast-capture", daemon=True)
         self._thread.start()
 
@@ -139,6 +95,7 @@ class Capturer:
         """Note that `step` is complete, and begin a capture where the keepers have asked for this one."""
         page = self.link.page
         page["completed"] = step
+        self._tell_pace()
         target, index, order = page.target
         if (target, order) == self._handled or target > step or target == 0:
             return
@@ -149,7 +106,16 @@ class Capturer:
             self.stats.skipped += 1
             self._queue.put((target, "busy"))
         else:
+            started = time.perf_counter()
             self._begin(step, index)
+            self._stall_s = time.perf_counter() - started
+
+    def _tell_pace(self) -> None:
+        """What a step takes here, and what the last snapshot took of it: the keeper chooses the interval by these."""
+        now = time.perf_counter()
+        self.link.page["step_us"] = int(1e6 * (now - self._done))
+        self.link.page["stall_us"] = int(1e6 * self._stall_s)
+        self._done = now
 
     def _begin(self, step: int, index: int) -> None:
         try:
@@ -163,20 +129,20 @@ class Capturer:
             self.stats.failed += 1
             self._queue.put((step, "failed"))
 
-    def _shoot(self, step: int, index: int) -> _Shot:
+    def _shoot(self, step: int, index: int) -> Shot:
         rng = rng_states()  # first: nothing may draw random numbers before their state is read
         plan = self.plan()
         objects = self.state.texts()
         if self.state.others_have_arrays:
             plan = self._new_plan(self.state.signature())
-        eager = [(part, source_of(part).to("cpu", copy=True)) for part in plan.parts if not part.held.lazy]
-        ready = None
-        if torch.cuda.is_available() and any(part.held.tensor.is_cuda for part in plan.parts):
-            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            ready.record()
-        self._copied.clear()
+        # Copied where they are: a copy to the host would wait for everything that the GPU has still to do.
+        eager = [
+            (part, source_of(part).clone(memory_format=torch.contiguous_format)) for part in plan.parts if not part.held.lazy
+        ]
+        ready = self._device.mark(part.held.tensor for part in plan.parts)
+        self._gates = {batch.owner: _Gate() for batch in plan.batches}
         self._idle.clear()
-        return _Shot(step, index, plan, eager, _versions(plan), objects, rng, ready)
+        return Shot(step, index, plan, eager, _versions(plan), objects, rng, ready, self._gates)
 
     def plan(self) -> CapturePlan:
         """The plan for the state as it is now; computed anew only when something has changed."""
@@ -186,15 +152,37 @@ class Capturer:
         return self._plan
 
     def _new_plan(self, signature: tuple[int, ...]) -> CapturePlan:
-        self._plan = plan_capture(self.state.held(), self.rank, signature)
+        held = self.state.held()
+        self._plan = plan_capture(held, self.rank, signature, self.state.owners())
         return self._plan
 
-    def fence(self) -> None:
-        """Return once nothing that the optimizer is about to change still has to be copied."""
-        if not self._copied.is_set():
-            started = time.perf_counter()
-            self._copied.wait()
-            self.stats.stall_s += time.perf_counter() - started
+    def fence(self, optimizer: Optimizer | None = None, group: int | None = None) -> None:
+        """Return once this group of this optimizer may be changed; without them, once everything may."""
+        gates = self._gates_of(optimizer, group)
+        if not gates:
+            return
+        started = time.perf_counter()
+        for gate in gates:
+            gate.wait()
+        waited = time.perf_counter() - started
+        self.stats.stall_s += waited
+        self._stall_s += waited
+
+    def _gates_of(self, optimizer: Optimizer | None, group: int | None) -> list[_Gate]:
+        """Those that are not yet known to be open. A batch that nobody is known to change waits for nobody but `fence()`."""
+        if optimizer is None:
+            return list(self._gates.values())
+        number = next((n for n, ours in enumerate(self.state.optimizers.values()) if ours is optimizer), None)
+        return [
+            gate
+            for owner, gate in self._gates.items()
+            if owner is not None and owner[0] == number and group in (None, owner[1])
+        ]
+
+    @property
+    def is_copying(self) -> bool:
+        """Something may have to be waited for."""
+        return any(gate.event is not None or not gate.open.is_set() for gate in self._gates.values())
 
     def settle(self) -> None:
         """Return once the thread has nothing left to do."""
@@ -221,16 +209,15 @@ class Capturer:
                 logger.exception("rank %d: a snapshot failed; training goes on", self.rank)
             finally:
                 # Not after a refusal: a capture begun meanwhile waits in the queue, and its fence has to stay down.
-                if isinstance(item, _Shot):
-                    self._copied.set()
+                if isinstance(item, Shot):
+                    for gate in item.gates.values():
+                        gate.open.set()
                     self._idle.set()
 
-    def _take(self, shot: _Shot) -> None:
+    def _take(self, shot: Shot) -> None:
         crash_point("capture.begun")
         body = self.link.body(shot.index, shot.plan.room_nbytes)
-        self._copy(shot, body)
-        changed = _changed(shot, body)
-        self._copied.set()
+        changed = self._copy(shot, body)
         crash_point("capture.copied")
         if changed is not None:
             self.stats.dropped += 1
@@ -248,44 +235,20 @@ class Capturer:
         seconds = time.perf_counter() - shot.started
         emit("snapshot.captured", rank=self.rank, step=shot.step, nbytes=shot.plan.nbytes, seconds=seconds, taken=taken)
 
-    def _copy(self, shot: _Shot, body: memoryview) -> None:
-        if shot.ready is None:
-            for part in shot.plan.parts:
-                if part.held.lazy:
-                    _copy_bytes(source_of(part), body, part)
-        else:
-            self._copy_from_gpu(shot, body)
+    def _copy(self, shot: Shot, body: memoryview) -> str | None:
+        """Fill the slot, batch by batch; returns the first array that was changed before its batch was done."""
+        if shot.ready is not None:
+            return self._device.copy(shot, body)
+        for batch in shot.plan.batches:
+            for part in batch.parts:
+                _copy_bytes(source_of(part), body, part)
+            changed = _changed(batch.parts, shot, body)
+            if changed is not None:
+                return changed
+            shot.gates[batch.owner].open.set()
         for part, copy in shot.eager:
             _copy_bytes(copy, body, part)
-
-    def _copy_from_gpu(self, shot: _Shot, body: memoryview) -> None:
-        """Device memory straight into the slot, which is registered as pinned, on a stream beside the training's."""
-        assert shot.ready is not None
-        self._pin(body)
-        stream = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_event(shot.ready)
-        with torch.cuda.stream(stream), torch.no_grad():
-            for part in shot.plan.parts:
-                if part.held.lazy:
-                    source = source_of(part)
-                    slot_view(body, part.offset, part.nbytes, source.dtype, part.box.shape).copy_(source, non_blocking=True)
-        stream.synchronize()
-
-    def _pin(self, body: memoryview) -> None:
-        address = np.frombuffer(body, np.uint8).ctypes.data
-        if self._pinned.get(address) == len(body):
-            return
-        code = int(torch.cuda.cudart().cudaHostRegister(address, len(body), 0))  # type: ignore[no-untyped-call]
-        if code != 0:
-            logger.warning("slot memory could not be pinned (CUDA error %d); copies from the GPU will be slower", code)
-        self._pinned[address] = len(body)
-
-
-def slot_view(body: memoryview, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The bytes of one fragment in a slot as a tensor, without a copy."""
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(body, dtype=torch.uint8, count=nbytes, offset=offset).view(dtype).view(shape)
+        return None
 
 
 def _copy_bytes(source: torch.Tensor, body: memoryview, part: Part) -> None:
@@ -300,30 +263,17 @@ def _copy_bytes(source: torch.Tensor, body: memoryview, part: Part) -> None:
         slot_view(body, part.offset, part.nbytes, source.dtype, part.box.shape).copy_(source)
 
 
-def _versions(plan: CapturePlan) -> list[int]:
-    return [part.held.tensor._version for part in plan.parts]
+def _versions(plan: CapturePlan) -> dict[int, int]:
+    return {id(part.held.tensor): part.held.tensor._version for part in plan.parts}
 
 
-def _changed(shot: _Shot, body: memoryview) -> str | None:
+def _changed(parts: Iterable[Part], shot: Shot, body: memoryview) -> str | None:
     """The first array that is no longer what was copied, by version and by a sample of its elements."""
-    for part, version in zip(shot.plan.parts, shot.versions, strict=True):
-        if not part.held.lazy:
-            continue
-        if part.held.tensor._version != version:
+    for part in parts:
+        if part.held.tensor._version != shot.versions[id(part.held.tensor)]:
             return part.held.name
         live = source_of(part)
         copy = slot_view(body, part.offset, part.nbytes, live.dtype, part.box.shape)
-        if not _samples(live).equal(_samples(copy)):
+        if not samples(live).equal(samples(copy)):
             return part.held.name
     return None
-
-
-def _samples(tensor: torch.Tensor) -> torch.Tensor:
-    local = local_part(tensor)
-    every = max(1, local.numel() // SAMPLES)
-    if local.is_contiguous():
-        picked = local.reshape(-1)[::every]
-    else:  # the same elements in row-major order, without a copy of the whole
-        places = torch.arange(0, local.numel(), every, device=local.device)
-        picked = local[torch.unravel_index(places, local.shape)]
-    return picked.cpu().contiguous().view(torch.uint8)  # compared as bytes: NaN equals itself, and 0.0 is not -0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ class Link:
         self._known_layout = ""
         self._closed = False
         self._committed = 0
+        self.before_unmap: Callable[[memoryview], None] = lambda body: None
+        """Called with a slot's body before its mapping goes, by the one who has told a device about that memory."""
 
     @property
     def committed_step(self) -> int:
@@ -79,6 +82,7 @@ class Link:
     def _open(self, index: int) -> _SlotBody:
         old = self._bodies.pop(index, None)
         if old is not None:
+            self.before_unmap(old.body)
             old.close()
         self._bodies[index] = _SlotBody(self.memory / slot_name(self.rank, index))
         return self._bodies[index]
@@ -112,6 +116,7 @@ class Link:
 
     def close(self) -> None:
         for body in self._bodies.values():
+            self.before_unmap(body.body)
             body.close()
         self._bodies.clear()
         self._committed, self._closed = self.committed_step, True

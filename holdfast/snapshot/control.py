@@ -13,7 +13,7 @@ from pathlib import Path
 NBYTES = 4096
 
 # word -> who writes it
-_TRAINER = {"pid": 0, "completed": 1, "finishing": 2}
+_TRAINER = {"pid": 0, "completed": 1, "finishing": 2, "stall_us": 3, "step_us": 4}
 _KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12}
 _WORDS = _TRAINER | _KEEPER
 

@@ -18,8 +18,8 @@ from holdfast.snapshot.slots import Slot
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, stride
 from holdfast.snapshot.wire import Connection
 
-PIECE_NBYTES = 1 << 20
-"""Bytes moved at a time: below 256 KiB the cost of a call shows, above 4 MiB the data has left the cache before encoding."""
+PIECE_NBYTES = 2 << 20
+"""Bytes moved at a time: below 1 MiB the cost of a call shows, above 4 MiB the data has left the cache before encoding."""
 
 
 def slot_name(rank: int, index: int) -> str:
@@ -42,7 +42,15 @@ class SlotReader:
     def __init__(self, member: Member, *, mapped: bool) -> None:
         self.member, self.mapped = member, mapped
         self._slots: dict[str, Slot] = {}
+        self._checked: set[str] = set()
         self._connection: Connection | None = None
+
+    def refresh(self) -> None:
+        """Take nothing that was found before for granted.
+
+        Mappings are kept, because touching a peer's pages anew costs as much as reading them.
+        """
+        self._checked.clear()
 
     def read(self, name: str, epoch: int, step: int, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
         """`nbytes` of the body of slot `name`, which has to hold (epoch, step); the view may be `scratch` or the slot itself."""
@@ -70,11 +78,15 @@ class SlotReader:
 
     def slot(self, name: str, epoch: int, step: int) -> Slot:
         """The slot itself, mapped; for nodes of this host only."""
-        slot = self._slots.get(name)
-        if slot is None:
-            slot = self._slots[name] = Slot.open(Path(self.member.memory) / name)
+        if name not in self._checked:
+            slot = self._slots.pop(name, None)
+            if slot is not None and not slot.reread():
+                slot.close()
+                slot = None
+            self._slots[name] = slot = slot or Slot.open(Path(self.member.memory) / name)
             check_holds(slot, epoch, step)
-        return slot
+            self._checked.add(name)
+        return self._slots[name]
 
     def ask(self, verb: str, **fields: Any) -> Any:
         """A question to the node's keeper, on the connection that `start` uses."""
@@ -89,6 +101,7 @@ class SlotReader:
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()
+        self._checked.clear()
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -184,6 +197,17 @@ def pieces(blocks: Sequence[Block], nbytes: int, scratch: Sequence[memoryview], 
         yield [block.of.finish(block.base + offset, size, place) for block, place in zip(blocks, scratch, strict=False)]
 
 
+_local = threading.local()
+
+
+def workspace(count: int, nbytes: int) -> list[memoryview]:
+    """Scratch memory of this thread, kept from call to call: fresh pages would cost more than what is done in them."""
+    kept: tuple[tuple[int, int], list[memoryview]] | None = getattr(_local, "scratch", None)
+    if kept is None or kept[0] != (count, nbytes):
+        kept = _local.scratch = (count, nbytes), [buffer.data for buffer in staggered(count, nbytes)]
+    return kept[1]
+
+
 # -- rebuilding --------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +230,7 @@ def rebuild_blocks(
         raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
     layout, size, place = group.layout, group.block_nbytes, group.position(node)
     code = ErasureCode(layout.k, group.parity)
-    scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
+    scratch = workspace(layout.k + 1, min(PIECE_NBYTES, size))
     for stripe in range(layout.stripes):
         column, base, kind = wanted(group, place, stripe)
         if kind == "parity" and not parity_too:
@@ -218,7 +242,8 @@ def rebuild_blocks(
             )
         chosen = list(sources)[: layout.k]
         offset = 0
-        for data in pieces([sources[index] for index in chosen], size, scratch, check=True):
+        # A rank's rebuilt bytes are going to be compared with the CRCs of their capture; for parity there is nothing of the kind.
+        for data in pieces([sources[index] for index in chosen], size, scratch, check=kind == "parity"):
             out = scratch[layout.k][: len(data[0])]
             code.reconstruct(dict(zip(chosen, data, strict=True)), {column: out})
             store(kind, base + offset, out)

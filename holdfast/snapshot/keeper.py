@@ -62,6 +62,7 @@ from holdfast.snapshot.exchange import (
     parity_name,
     slot_name,
 )
+from holdfast.snapshot.interval import Pace
 from holdfast.snapshot.outbox import Outbox
 from holdfast.snapshot.outline import Outlines, base_of, difference
 from holdfast.snapshot.parity import Base, Forward, encode_stripe, receive_piece
@@ -91,11 +92,14 @@ class Keeper:
         self._round = 0
         self._groups: dict[int, dict[int, NodeRecord]] = {}
         self._rows: RowsInFlight | None = None
+        self._readers: dict[int, SlotReader] = {}
+        self._readers_epoch = 0
         self._finished: dict[int, Header] = {}
         self._coordinator: Coordinator | None = None
         self._guests: tuple[Member, ...] = ()
         self._checked_layouts: tuple[tuple[int, str], ...] = ()
         self._last: dict[str, float] = {}
+        self._pace, self._filled_at = Pace(), time.monotonic()
         self._closed = threading.Event()
         self._released = threading.Event()
         self._ending = False
@@ -209,6 +213,7 @@ class Keeper:
             if self._tables.get(rank, ("", None))[0] != layout:
                 return {"taken": False, "table": True}
             number = self._round
+            self._filled_at = time.monotonic()
         self._jobs.put(lambda: self._verify(rank, step, index, number, payload_nbytes, objects))
         return {"taken": True}
 
@@ -306,6 +311,7 @@ class Keeper:
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
         self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
         if self._coordinator is not None:
+            self._adapt()
             self._release_guests()
             self._check_layout(step, index)
 
@@ -414,6 +420,7 @@ class Keeper:
             except Exception:
                 logger.exception("snapshot given up on node %d", self.node)
                 self._give_up_round()
+        self._close_readers()
 
     def _give_up_round(self) -> None:
         if self._announced is not None:
@@ -449,15 +456,15 @@ class Keeper:
         rows = self._prepare_parity(step, index, number, group.block_nbytes)
         if rows is None:
             return
-        readers = {member.node: self._reader(member) for member in self._view().members if member.node in self._group_nodes()}
         own, last = self.slots[parity_name(index)].body[: group.block_nbytes], self.slots.get(parity_name(1 - index))
         peers: dict[int, Connection] = {}
         try:
             forward = self._forward(step, index, number, group.block_nbytes, peers)
-            rows.crcs[0] = encode_stripe(group, self.node, readers, own, forward, last)
+            rows.crcs[0] = encode_stripe(group, self.node, self._group_readers(), own, forward, last)
+        except Exception:
+            self._close_readers()
+            raise
         finally:
-            for reader in readers.values():
-                reader.close()
             for peer in peers.values():
                 peer.close()
         crash_point("snapshot.exchanged")
@@ -551,6 +558,13 @@ class Keeper:
             logger.exception("checkpoint of step %d failed, training goes on", step)
         self._tell_coordinator(SpillEnded(index))
 
+    def _adapt(self) -> None:
+        """With `snapshot_every="auto"`: once enough snapshots have been seen, as often as they are worth it."""
+        now = time.monotonic()
+        self._pace.add(now - self._filled_at, [self.controls[rank] for rank in self._local_ranks()])
+        if self._coordinator is not None and self._view().adaptive:
+            self._coordinator.every = self._pace.steps(len(self._view().members))
+
     def _release_guests(self) -> None:
         """Keepers of an earlier membership are no longer needed once this one has committed a step."""
         guests, self._guests = self._guests, ()
@@ -606,6 +620,20 @@ class Keeper:
 
     def _reader(self, member: Member) -> SlotReader:
         return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
+
+    def _group_readers(self) -> dict[int, SlotReader]:
+        """Readers of the group's nodes, kept from round to round. For the worker alone."""
+        if self._readers_epoch != self.epoch:
+            self._close_readers()
+            self._readers_epoch = self.epoch
+        for node in self._group_nodes():
+            self._readers.setdefault(node, self._reader(self._view().member(node))).refresh()
+        return self._readers
+
+    def _close_readers(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
 
     def _node_record(self, step: int, index: int) -> NodeRecord | None:
         """The record of this node once all its ranks are verified at `step`."""

@@ -1,4 +1,4 @@
-"""What a slot's bytes are, mebibyte by mebibyte: their CRCs as they were captured, and which of them differ from the last commit.
+"""What a slot's bytes are, 4 MiB by 4 MiB: their CRCs as they were captured, and which of them differ from the last commit.
 
 The CRCs are made once, in the pass over a filled slot that checksums its fragments. All later questions are answered from
 them: the CRC of a parity block, and what changed since the committed slot beside this one. A keeper that adopted or rebuilt a slot
@@ -19,7 +19,10 @@ from holdfast.coding import crc32c, crc32c_combine, crc32c_xor, crc32c_zeros
 from holdfast.errors import MissingData
 from holdfast.snapshot.slots import Slot, SlotState
 
-CELL_NBYTES = 1 << 20
+CELL_NBYTES = 4 << 20
+MANY = 0.5
+"""Part of the cells from which on a list of changes is worth nothing: the whole is sent for less."""
+
 _REREAD_NBYTES = 64 << 10
 """Up to here a second look at bytes that are in the cache costs less than the algebra that would save it."""
 
@@ -127,7 +130,10 @@ class Outlines:
         return crc32c(slot.body[start:stop]) if known is None else known.crc(slot.body, start, stop)
 
     def changes(self, slot: Slot, base: tuple[int, int]) -> list[Change] | None:
-        """What differs from the committed snapshot `base` (epoch, step) in the slot beside this one; None where that is unknown."""
+        """What differs from the committed snapshot `base` (epoch, step) in the slot beside this one.
+
+        None where that is unknown, or most of it.
+        """
         key = (slot.header.epoch, slot.header.step, *base)
         with self._lock:
             kept = self._changes.get(slot.path.name)
@@ -143,6 +149,8 @@ class Outlines:
             return None
         before, after = self._of(old), self._of(slot)
         if before is None or after is None:
+            return None
+        if sum(map(int.__ne__, before.crcs, after.crcs)) > MANY * max(2, len(after.crcs)):
             return None
         nbytes = max(before.nbytes, after.nbytes)
         found = []

@@ -15,10 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from holdfast.coding import ErasureCode, crc32c, crc32c_combine, crc32c_xor, crc32c_zeros, staggered
+from holdfast.coding import ErasureCode, crc32c, crc32c_combine, crc32c_xor, crc32c_zeros
 from holdfast.errors import CorruptData, HoldfastError, KeeperUnreachable
 from holdfast.snapshot import exchange
-from holdfast.snapshot.exchange import Block, NodeBytes, RowsInFlight, SlotReader, bytes_of, parity_name, pieces, wanted
+from holdfast.snapshot.exchange import (
+    Block,
+    NodeBytes,
+    RowsInFlight,
+    SlotReader,
+    bytes_of,
+    parity_name,
+    pieces,
+    wanted,
+    workspace,
+)
 from holdfast.snapshot.outline import Change, base_of, difference, other_name
 from holdfast.snapshot.slots import Slot, SlotState
 from holdfast.snapshot.view import GroupRecord, stride
@@ -90,7 +100,7 @@ def encode_stripe(
 def _encode_whole(stripe: Stripe, own: memoryview, forward: Forward) -> int:
     k, m, size = len(stripe.blocks), stripe.group.parity, stripe.nbytes
     code, piece = ErasureCode(k, m), min(exchange.PIECE_NBYTES, size)
-    scratch = [buffer.data for buffer in staggered(k + m, piece)]
+    scratch = workspace(k + m, piece)
     crcs, offset = [0] * m, 0
     for data in pieces(stripe.blocks, size, scratch, check=False):
         nbytes = len(data[0])

@@ -17,8 +17,8 @@ import torch
 from holdfast.arrays import Box, Fragment, FragmentTable, rank_name
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, LayoutMismatch
-from holdfast.snapshot.capture import slot_view, view_of
 from holdfast.snapshot.exchange import SlotReader, slot_name
+from holdfast.snapshot.plan import slot_view, view_of
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.state import Held
 from holdfast.snapshot.view import GroupRecord, Member

@@ -124,6 +124,18 @@ class Slot:
     def capacity(self) -> int:
         return len(self.body)
 
+    def reread(self) -> bool:
+        """Take over the header as it is now; False when another file has the slot's name since it was mapped."""
+        try:
+            here = os.stat(self.path)
+        except OSError:
+            return False
+        mapped = os.fstat(self._fd)
+        if (here.st_dev, here.st_ino) != (mapped.st_dev, mapped.st_ino):
+            return False
+        self.header = _newest_header(self.path, memoryview(self._map)[:HEADER_NBYTES])
+        return True
+
     def file_range(self, offset: int, nbytes: int) -> tuple[int, int, int]:
         """A descriptor of the caller's own, and where bytes of the body lie in the file: for sendfile."""
         return os.dup(self._fd), HEADER_NBYTES + offset, nbytes

@@ -122,6 +122,16 @@ class TrackedState:
             ),
         )
 
+    def owners(self) -> dict[int, tuple[int, int]]:
+        """Who changes a tensor, by its identity: which optimizer and which of its parameter groups, counted in order."""
+        return {
+            id(tensor): (number, place)
+            for number, optimizer in enumerate(self.optimizers.values())
+            for place, group in enumerate(optimizer.param_groups)
+            for param in group["params"]
+            for tensor in (param, *optimizer.state.get(param, {}).values())
+        }
+
     def texts(self) -> dict[str, str]:
         """Every object but the random generators as typed text, now."""
         found: dict[str, str] = {}
@@ -277,7 +287,9 @@ class TrackedState:
                 f"{len(ours)} over {sum(map(len, ours))}, or in another order; build the optimizer as it was built before"
             )
         for group, kept in zip(optimizer.param_groups, stored["param_groups"], strict=True):
-            group.update({key: value for key, value in kept.items() if key != "params"})
+            for key, value in kept.items():
+                if key != "params":
+                    _put(group, key, value)
         params = {names[id(param)][0]: param for group in optimizer.param_groups for param in group["params"]}
         for fqn, kept in stored["scalars"].items():
             optimizer.state[params[fqn]].update(kept)
@@ -345,8 +357,21 @@ def _some(names: list[str]) -> str:
 # -- modules and optimizers ---------------------------------------------------------------------------------------------
 
 
+def _replicated(module: nn.Module) -> DistributedDataParallel | None:
+    """The DDP around a module, also beneath `torch.compile`."""
+    module = _uncompiled(module)
+    return module if isinstance(module, DistributedDataParallel) else None
+
+
+def _uncompiled(module: nn.Module) -> nn.Module:
+    inner = getattr(module, "_orig_mod", None)  # its class is not named here: importing that takes seconds
+    return inner if isinstance(inner, nn.Module) else module
+
+
 def _bare(module: nn.Module) -> nn.Module:
-    return module.module if isinstance(module, DistributedDataParallel) else module
+    """The user's own module, whatever DDP and `torch.compile` have been wrapped around it, in either order."""
+    ddp = _replicated(module)
+    return _uncompiled(module if ddp is None else ddp.module)
 
 
 def _homes(module: nn.Module) -> dict[int, tuple[dict[str, Any], str]]:
@@ -372,11 +397,21 @@ def _fqn(key: str) -> str:
 
 def _replicas(module: nn.Module) -> tuple[int, int, tuple[int, ...]]:
     """Which replica of how many a module's parameters are: known for DDP, else the module is taken as this rank's own."""
-    if not isinstance(module, DistributedDataParallel):
+    ddp = _replicated(module)
+    if ddp is None:
         return 0, 1, ()
-    group = module.process_group
+    group = ddp.process_group
     ranks = tuple(torch.distributed.get_process_group_ranks(group))
     return torch.distributed.get_rank(group), len(ranks), ranks
+
+
+def _put(group: dict[str, Any], key: str, value: Any) -> None:
+    """A tensor stays the one it is, on its device: compiled steps and captured graphs hold on to a tensor learning rate."""
+    if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor) and group[key].shape == value.shape:
+        with torch.no_grad():
+            group[key].copy_(value)
+    else:
+        group[key] = value
 
 
 def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dict[Any, Any], Any]) -> Held:
@@ -384,7 +419,8 @@ def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dic
     placement = placement_of(name, value)
     if not hasattr(value, "device_mesh") and like.replicas > 1:
         placement = Placement(placement.spec, placement.boxes, like.replica, like.replicas, like.expected)
-    return Held(placement, value, value.dim() > 0, home)
+    # A count on the GPU is left to the copy stream: fetching it here would wait for all that the GPU has been given to do.
+    return Held(placement, value, value.dim() > 0 or value.is_cuda, home)
 
 
 def _empty_state(param: torch.Tensor, key: str, spec: ArraySpec, group: Mapping[str, Any]) -> torch.Tensor:

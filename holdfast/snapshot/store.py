@@ -194,6 +194,6 @@ def _check_rebuilt(slot: Slot, record: RankRecord, group: GroupRecord) -> None:
         if found != row.crc32c:
             raise CorruptData(
                 f"step {group.step}, rank {record.rank}, {row.array}: rebuilt bytes have crc32c {found:08x}, expected "
-                f"{row.crc32c:08x}; a survivor's memory is damaged"
+                f"{row.crc32c:08x}; a survivor's memory or the network damages data"
             )
     slot.update(state=SlotState.COMMITTED, epoch=group.epoch, step=group.step, world=group.world)

@@ -124,6 +124,8 @@ class View(_Json):
     protected: bool
     in_memory: bool
     guests: tuple[Member, ...] = ()
+    adaptive: bool = False
+    """`every` is where to begin; the coordinator's keeper changes it to what the measured cost suggests."""
 
     @property
     def coordinator(self) -> int:

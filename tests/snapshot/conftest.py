@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +21,16 @@ def shm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HOLDFAST_RUNTIME", str(place / "run"))
     yield place
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture
+def wait_until() -> Callable[[Callable[[], bool], str], None]:
+    """Wait for a claim to come true, generously."""
+
+    def wait(claim: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 60
+        while not claim():
+            assert time.monotonic() < deadline, f"in vain: {what}"
+            time.sleep(0.002)
+
+    return wait

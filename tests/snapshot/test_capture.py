@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from holdfast import events
 from holdfast.arrays import FragmentTable
 from holdfast.objects import decode_object
-from holdfast.snapshot.capture import Capturer, Part, plan_capture, slot_view, source_of
+from holdfast.snapshot import capture as capture_module
+from holdfast.snapshot.capture import Capturer
+from holdfast.snapshot.fence import Fence
+from holdfast.snapshot.plan import Part, plan_capture, slot_view, source_of
 from holdfast.snapshot.state import TrackedState
 
 PATIENCE_S = 60
@@ -75,6 +80,9 @@ class Shelf:
         self.filled_steps[step] = arrays, {name: decode_object(text) for name, text in objects.items()}
         return self.takes
 
+    def before_unmap(self, body: memoryview) -> None:
+        """A keeper's link calls this before a mapping goes; these bytes stay."""
+
     def give_up(self, step: int, reason: str) -> None:
         self.given_up.append((step, reason))
         self.before_give_up_returns()
@@ -94,7 +102,7 @@ def capturing(shelf: Shelf) -> Iterator[Callable[..., Capturer]]:
     def build(**objects: Any) -> Capturer:
         made.append(Capturer(TrackedState(objects), shelf, 0))  # type: ignore[arg-type]
         for optimizer in made[-1].state.optimizers.values():
-            optimizer.register_step_pre_hook(lambda *_: made[-1].fence())
+            Fence(optimizer, made[-1].fence, lambda capturer=made[-1]: capturer.is_copying)  # type: ignore[misc]
         return made[-1]
 
     yield build
@@ -128,6 +136,82 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, *, update: bool = 
     if update:
         optimizer.step()
         optimizer.zero_grad()
+
+
+# -- whom the fence holds up -----------------------------------------------------------------------------------------------
+
+
+class Turnstile:
+    """Lets the copy of each array through when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *closed: str) -> None:
+        self.gates = {name: threading.Event() for name in closed}
+        self.order: list[str] = []
+        copy = capture_module._copy_bytes
+
+        def held_up(source: torch.Tensor, body: memoryview, part: Part) -> None:
+            if part.held.name in self.gates:
+                assert self.gates[part.held.name].wait(PATIENCE_S)
+            self.order.append(part.held.name)
+            copy(source, body, part)
+
+        monkeypatch.setattr(capture_module, "_copy_bytes", held_up)
+
+    def open(self) -> None:
+        for gate in self.gates.values():
+            gate.set()
+
+
+def test_a_parameter_group_is_updated_while_the_next_one_is_still_copied(
+    shelf: Shelf, capturing: Callable[..., Capturer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in ((model[1], 0.1), (model[0], 0.2))]
+    optimizer = torch.optim.SGD(groups)
+    capturer = capturing(model=model, optim=optimizer)
+    turnstile = Turnstile(monkeypatch, "model/0.weight")
+    model(torch.randn(2, 8)).sum().backward()
+    before = now(capturer.state)
+    shelf.page.order(1)
+    capturer.step_done(1)
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while torch.equal(model[1].weight, before["model/1.weight"]):
+        assert time.monotonic() < deadline, "the first group is changed"
+        time.sleep(0.001)
+    assert stepping.is_alive(), "the second one is waited for"
+    assert torch.equal(model[0].weight, before["model/0.weight"])
+    turnstile.open()
+    stepping.join()
+    capturer.settle()
+    assert same(shelf.filled_steps[1][0], before)
+    assert type(optimizer.param_groups) is list
+    assert not torch.equal(model[0].weight, before["model/0.weight"])
+
+
+def test_what_an_optimizer_does_not_change_it_does_not_wait_for(
+    shelf: Shelf, capturing: Callable[..., Capturer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen base with an adapter, and a second optimizer."""
+    model = nn.ModuleDict({"base": nn.Linear(8, 8), "adapter": nn.Linear(8, 2), "head": nn.Linear(2, 2)})
+    model["base"].requires_grad_(False)
+    first, second = (torch.optim.Adam(model[name].parameters()) for name in ("adapter", "head"))
+    capturer = capturing(model=model, first=first, second=second)
+    turnstile = Turnstile(monkeypatch, "model/base.weight", "model/head.weight")
+    model["head"](model["adapter"](model["base"](torch.randn(4, 8)))).sum().backward()
+    shelf.page.order(1)
+    capturer.step_done(1)
+    before = now(capturer.state)
+    first.step()
+    assert not torch.equal(model["adapter"].weight, before["model/adapter.weight"])
+    turnstile.gates["model/head.weight"].set()
+    second.step()
+    turnstile.open()
+    capturer.settle()
+    assert same(shelf.filled_steps[1][0], before)
+    lazy = [name for name in turnstile.order if "base" in name]
+    assert turnstile.order[-2:] == lazy, "what nobody waits for is copied last"
 
 
 # -- what is captured ----------------------------------------------------------------------------------------------------
@@ -296,14 +380,14 @@ def test_a_sharded_parameter_changed_by_foreach_drops_the_capture_though_its_ver
     fully_shard(model, mesh=one_process_group)
     optimizer = torch.optim.Adam(model.parameters())
     capturer = capturing(model=model, optim=optimizer)
-    copy = capturer._copy
+    copy = capture_module._copy_bytes
 
     def copy_then_change(*args: Any) -> None:
         copy(*args)
         with torch.no_grad():
             torch._foreach_add_(list(model.parameters()), 1.0)
 
-    monkeypatch.setattr(capturer, "_copy", copy_then_change)
+    monkeypatch.setattr(capture_module, "_copy_bytes", copy_then_change)
     shelf.page.order(1)
     capturer.step_done(1)
     capturer.settle()
@@ -388,6 +472,68 @@ def test_the_plan_is_kept_while_the_structure_is_and_made_anew_when_it_changes(
     train(model, optimizer)
     assert capturer.plan() is not first
     assert same(capture(capturer, shelf, 3), now(capturer.state))
+
+
+def test_an_adapter_that_is_added_and_a_base_that_is_frozen_midway_are_captured_as_they_are_now(
+    shelf: Shelf, capturing: Callable[..., Capturer]
+) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters())
+    capturer = capturing(model=model, optim=optimizer)
+    train(model, optimizer)
+    capture(capturer, shelf, 1)
+    model.requires_grad_(False)
+    model.append(nn.Linear(4, 2))
+    optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.1})
+    for step in (2, 3):
+        train(model, optimizer)
+        assert same(capture(capturer, shelf, step), now(capturer.state))
+    assert capturer.stats.dropped == 0
+    assert "optim/4.weight/exp_avg" in shelf.filled_steps[3][0]
+
+
+def test_an_expert_that_gets_its_first_tokens_late_is_captured_with_its_state(
+    shelf: Shelf, capturing: Callable[..., Capturer]
+) -> None:
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    optimizer = torch.optim.Adam(experts.parameters())
+    capturer = capturing(experts=experts, optim=optimizer)
+    for step, chosen in enumerate(([0], [0, 2], [1], [3], [2]), 1):
+        for number in chosen:
+            experts[number](torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert same(capture(capturer, shelf, step), now(capturer.state))
+    assert capturer.stats.captured == 5
+
+
+@pytest.mark.parametrize("order", ["compile(DDP)", "DDP(compile)", "DDP"])
+def test_ddp_is_recognised_on_either_side_of_compile(one_process_group: Any, order: str) -> None:
+    model = network()
+    if order == "compile(DDP)":
+        wrapped: Any = torch.compile(DistributedDataParallel(model), backend="eager")
+    else:
+        wrapped = DistributedDataParallel(torch.compile(model, backend="eager") if "compile" in order else model)
+    state = TrackedState({"model": wrapped, "optim": torch.optim.SGD(wrapped.parameters(), lr=0.1)})
+    held = {item.name: item for item in state.held()}
+    assert held["model/0.weight"].placement.expected == (0,), "the ranks that have to hold it are known"
+    assert held.keys() == {f"model/{name}" for name in model.state_dict()}
+
+
+def test_a_tensor_learning_rate_is_captured_and_comes_back_into_the_same_tensor(
+    shelf: Shelf, capturing: Callable[..., Capturer]
+) -> None:
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.25), foreach=False)
+    capturer = capturing(model=model, optim=optimizer)
+    train(model, optimizer)
+    capture(capturer, shelf, 1)
+    texts = {"optim": capturer.state.texts()["optim"]}
+    rate = optimizer.param_groups[0]["lr"]
+    rate.fill_(0.5)
+    capturer.state.load_texts(texts)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.25
 
 
 class Growing:

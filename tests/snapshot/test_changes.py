@@ -1,0 +1,317 @@
+"""Parity made from what changed is the parity of the whole, bit for bit, or the whole is encoded: there is no third outcome."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from holdfast.arrays import Fragment, FragmentTable
+from holdfast.coding import ErasureCode, crc32c
+from holdfast.snapshot import exchange, outline, parity
+from holdfast.snapshot.client import Link, connect
+from holdfast.snapshot.exchange import parity_name, slot_name
+from holdfast.snapshot.keeper import Keeper
+from holdfast.snapshot.outline import Outline, checksum
+from holdfast.snapshot.slots import Slot
+from holdfast.snapshot.store import group_of
+from holdfast.snapshot.view import GroupRecord, View, stride
+
+NBYTES = 50_000
+CELL = 1000
+
+
+@pytest.fixture(autouse=True)
+def small_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outline, "CELL_NBYTES", CELL)
+    monkeypatch.setattr("holdfast.snapshot.sealing.CELL_NBYTES", CELL)
+    monkeypatch.setattr(exchange, "PIECE_NBYTES", 3000)
+
+
+@pytest.fixture
+def whole_encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of stripes that were encoded whole."""
+    found: list[int] = []
+    encode = parity._encode_whole
+
+    def count(stripe: Any, *rest: Any) -> int:
+        found.append(stripe.group.step)
+        return encode(stripe, *rest)
+
+    monkeypatch.setattr(parity, "_encode_whole", count)
+    return found
+
+
+# -- a pass over a slot ------------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_gives_the_crc_of_every_span_and_of_every_cell() -> None:
+    chance = random.Random(1)
+    for _ in range(50):
+        nbytes = chance.randrange(1, 9000)
+        body = memoryview(bytearray(chance.randbytes(nbytes)))
+        cuts = sorted(chance.sample(range(nbytes + 1), min(nbytes, 2 * chance.randrange(5))))
+        spans = [(low, high - low) for low, high in zip(cuts[::2], cuts[1::2], strict=False)]
+        found, cells = checksum(body, spans, nbytes)
+        assert found == [crc32c(body[offset : offset + length]) for offset, length in spans]
+        assert cells == [crc32c(body[start : start + CELL]) for start in range(0, nbytes, CELL)]
+
+
+def test_the_crc_of_any_range_follows_from_its_cells() -> None:
+    body = memoryview(bytearray(random.Random(2).randbytes(7777)))
+    known = Outline(1, 1, 7777, tuple(checksum(body, [], 7777)[1]))
+    for start in range(0, 7777, 333):
+        for stop in range(start, 7777, 501):
+            assert known.crc(body, start, stop) == crc32c(body[start:stop])
+
+
+# -- keepers -----------------------------------------------------------------------------------------------------------------
+
+
+class Nodes:
+    """Keepers in threads of this process, one rank each, whose bytes a test changes as it likes from step to step."""
+
+    def __init__(self, shm: Path, count: int, m: int, *, mapped: bool) -> None:
+        self.shm, self.m, self.mapped, self.epoch, self.step = shm, m, mapped, 0, 0
+        self.keepers = {node: Keeper("job", node, self.place(node), mapped=mapped) for node in range(count)}
+        chance = np.random.default_rng(count)
+        self.data = {node: chance.integers(0, 256, NBYTES - 777 * node, np.uint8) for node in range(count)}
+        self.links: dict[int, Link] = {}
+
+    def place(self, node: int) -> Path:
+        return self.shm / "job" / f"node-{node}"
+
+    def enter(self, **fields: Any) -> None:
+        for link in self.links.values():
+            link.close()
+        self.links = {node: Link(self.place(node), node, "l", NBYTES) for node in self.keepers}
+        self.epoch = max(keeper.epoch for keeper in self.keepers.values()) + 1
+        members = tuple(replace(keeper.member, ranks=(node,)) for node, keeper in self.keepers.items())
+        known = {"committed": self.step, "index": 1, "protected": True, "in_memory": True, "group_size": 8, "every": 1}
+        known |= {"checkpoint_every": 0, "checkpoints": None, **fields}
+        view = View(job="job", epoch=self.epoch, world=len(members), members=members, parity=self.m, **known)
+        for node in self.keepers:
+            self.ask(node, "join", view=view.to_json())
+        self.ask(0, "begin")
+
+    def ask(self, node: int, verb: str, **fields: Any) -> Any:
+        connection = connect(self.place(node))
+        try:
+            return connection.ask(verb, **fields)
+        finally:
+            connection.close()
+
+    def change(self, node: int, start: int, nbytes: int) -> None:
+        self.data[node][start : start + nbytes] ^= 0x5A
+
+    def commit(self, wait_until: Callable[..., None], text: str = "") -> None:
+        """One more step, captured on all nodes and committed; then its parity is compared with one made anew."""
+
+        def asked() -> bool:
+            return all(link.page.target[0] > self.step for link in self.links.values())
+
+        wait_until(asked, "the next step is asked for")
+        step, index, _ = self.links[0].page.target
+        for node, link in self.links.items():
+            data = self.data[node]
+            link.page["completed"] = step
+            link.body(index, len(data))[: len(data)] = data.tobytes()
+            row = Fragment(f"model/{node}", "uint8", (len(data),), (0,), (len(data),), node, 0, len(data))
+            assert link.filled(
+                step, index, len(data), f"layout-{len(data)}", FragmentTable.from_rows([row]), {"text": f"{step}{text}"}
+            )
+        wait_until(lambda: all(link.page["committed"] == step for link in self.links.values()), f"a commit of {step}")
+        self.step = step
+        self.assert_parity(index)
+
+    def assert_parity(self, index: int) -> None:
+        parities = {node: Slot.open(self.place(node) / parity_name(index)) for node in self.keepers}
+        slots = {node: Slot.open(self.place(node) / slot_name(node, index)) for node in self.keepers}
+        group = group_of(parities[0])
+        assert group is not None
+        assert group.step == self.step
+        for row_of_nodes, expected in self.expected(group, slots):
+            for row, (node, data) in enumerate(zip(row_of_nodes, expected, strict=True)):
+                size = group.block_nbytes
+                assert bytes(parities[node].body[row * size : (row + 1) * size]) == data, f"row {row} on node {node}"
+                assert int(parities[node].meta().objects[f"row-{row}"], 16) == crc32c(data)
+        for slot in (*parities.values(), *slots.values()):
+            slot.close()
+
+    def expected(self, group: GroupRecord, slots: dict[int, Slot]) -> Iterator[tuple[list[int], list[bytes]]]:
+        layout, size = group.layout, group.block_nbytes
+        whole = {}
+        for record in group.records:
+            body = bytes(slots[record.node].body[: record.ranks[0].body_nbytes])
+            whole[record.node] = body.ljust(stride(record.ranks[0]), b"\0").ljust(layout.k * size, b"\0")
+        for stripe in range(layout.stripes):
+            blocks = []
+            for place in layout.data_nodes(stripe):
+                block = layout.block(place, stripe)
+                assert block is not None
+                blocks.append(whole[group.records[place].node][block * size : (block + 1) * size])
+            rows = [bytearray(size) for _ in range(group.parity)]
+            ErasureCode(layout.k, group.parity).encode(blocks, rows)
+            yield [group.records[place].node for place in layout.parity_owners(stripe)], [bytes(row) for row in rows]
+
+    def close(self) -> None:
+        for link in self.links.values():
+            link.close()
+        for keeper in self.keepers.values():
+            keeper.close()
+
+
+@pytest.fixture
+def nodes(shm: Path) -> Iterator[Callable[..., Nodes]]:
+    made: list[Nodes] = []
+
+    def build(count: int, m: int, *, mapped: bool = True) -> Nodes:
+        made.append(Nodes(shm, count, m, mapped=mapped))
+        made[-1].enter()
+        return made[-1]
+
+    yield build
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize(("count", "m"), [(2, 1), (4, 1), (4, 2), (5, 3)])
+def test_parity_by_changes_equals_parity_of_the_whole(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None], whole_encodings: list[int], count: int, m: int, mapped: bool
+) -> None:
+    group = nodes(count, m, mapped=mapped)
+    group.commit(wait_until)
+    del whole_encodings[:]
+    group.commit(wait_until)
+    for offset in (0, 999, 12_500, 24_990, 40_000):
+        group.change(offset % count, offset, 20)
+        group.commit(wait_until)
+    group.commit(wait_until, text=" with more to say than in the steps before")
+    assert whole_encodings == [], "all of these were made from the changes alone"
+
+
+def test_more_changes_than_are_worth_it_are_encoded_whole(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None], whole_encodings: list[int]
+) -> None:
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    del whole_encodings[:]
+    for node in group.keepers:
+        group.change(node, 0, NBYTES * 3 // 4)
+    group.commit(wait_until)
+    assert set(whole_encodings) == {group.step}
+
+
+def test_a_shorter_snapshot_leaves_nothing_of_the_longer_one_behind_in_its_parity(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None]
+) -> None:
+    group = nodes(3, 1)
+    for text in ("", " " * 900, "", " " * 1800, ""):
+        group.commit(wait_until, text=text)
+    group.data[1] = group.data[1][:-3000]
+    group.commit(wait_until)
+    group.data[2] = np.concatenate([group.data[2], group.data[2][:900]])
+    group.commit(wait_until)
+
+
+def test_a_capture_that_was_given_up_between_two_commits_changes_nothing(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None], whole_encodings: list[int]
+) -> None:
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    wait_until(lambda: group.links[1].page.target[0] > group.step, "the next step is asked for")
+    step = group.links[1].page.target[0]
+    group.change(0, 100, 20)
+    group.links[1].give_up(step, "busy")
+    del whole_encodings[:]
+    wait_until(lambda: group.links[1].page.target[2] > 2, "another order")
+    group.commit(wait_until)
+    assert whole_encodings == []
+
+
+def test_the_committed_parity_is_not_built_upon_once_it_has_rotted(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None], whole_encodings: list[int]
+) -> None:
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    index = group.links[0].page.target[1]
+    slot = Slot.open(group.place(1) / parity_name(1 - index), writable=True)
+    slot.body[77] ^= 4
+    slot.close()
+    group.change(0, 100, 20)
+    del whole_encodings[:]
+    group.commit(wait_until)
+    assert whole_encodings == [group.step], "one stripe, the one of the rotten parity"
+
+
+def test_committed_bytes_that_have_rotted_do_not_enter_the_next_parity(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None]
+) -> None:
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    index = group.links[0].page.target[1]
+    slot = Slot.open(group.place(0) / slot_name(0, 1 - index), writable=True)
+    slot.body[150] ^= 4
+    slot.close()
+    group.change(0, 100, 20)  # in the same cell: the difference is not the one between the captures
+    group.commit(wait_until)
+
+
+def test_after_a_lost_node_was_rebuilt_parity_is_the_one_of_the_whole(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None]
+) -> None:
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    group.commit(wait_until)
+    index = 1 - group.links[0].page.target[1]
+    record = group_of(Slot.open(group.place(0) / parity_name(index)))
+    assert record is not None
+    group.links.pop(2).close()
+    group.keepers.pop(2).close()
+    group.keepers[2] = Keeper("job", 2, group.place(2))
+    members = [group.keepers[node].member.to_json() for node in (0, 1)]
+    group.ask(2, "rebuild", group=record.to_json(), lost=2, survivors=members, with_data=[0, 1], with_parity=[0, 1])
+    group.assert_parity(index)
+    group.enter(index=index)
+    for offset in (10, 30_000):
+        group.change(1, offset, 20)
+        group.commit(wait_until)
+
+
+def test_equal_crcs_are_no_proof_that_nothing_changed(nodes: Callable[..., Nodes], wait_until: Callable[..., None]) -> None:
+    """Two contents of a cell with one CRC: found by linearity, four bytes that undo what four others did."""
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    group.data[0][:CELL] = collision(group.data[0][:CELL])
+    group.commit(wait_until)
+
+
+def collision(cell: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Other bytes of the same length with the same CRC32C."""
+    target = crc32c(cell)
+    basis: dict[int, tuple[int, int]] = {}
+    zero = crc32c(np.zeros(len(cell), np.uint8))
+    for bit in range(40):
+        flip = np.zeros(len(cell), np.uint8)
+        flip[bit // 8] = 1 << bit % 8
+        value, made_of = crc32c(flip) ^ zero, 1 << bit
+        while value:
+            top = value.bit_length()
+            if top not in basis:
+                basis[top] = value, made_of
+                break
+            value, made_of = value ^ basis[top][0], made_of ^ basis[top][1]
+        else:
+            other = cell.copy()
+            for place in range(40):
+                other[place // 8] ^= (made_of >> place & 1) << place % 8
+            assert crc32c(other) == target
+            assert not np.array_equal(other, cell)
+            return other
+    raise AssertionError("33 vectors of 32 bits are dependent")
