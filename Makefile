@@ -28,7 +28,7 @@ campaign: $(READY)
 
 # On a GPU machine with torch >= 2.11 and no Ray: the interpreter that has CUDA runs the tests as it is.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/kernels tests/snapshot/test_device.py
 
 bench: $(READY)
 	for name in benchmarks/[a-z]*.py; do $(BIN)/python $$name --quick || exit 1; done

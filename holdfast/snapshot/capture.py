@@ -51,8 +51,9 @@ class _Gate:
 
     def wait(self) -> None:
         self.open.wait()
-        if self.event is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.event)
+        event = self.event
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
 
 @dataclass
@@ -212,6 +213,7 @@ class Capturer:
                 if isinstance(item, Shot):
                     for gate in item.gates.values():
                         gate.open.set()
+                        gate.event = None  # the copy stream has been waited for
                     self._idle.set()
 
     def _take(self, shot: Shot) -> None:
