@@ -111,8 +111,10 @@ class Outlines:
         self._lock = threading.Lock()
 
     def put(self, name: str, outline: Outline) -> None:
+        """A slot was filled. What was said of its last content is forgotten: a step that is given up may be captured once more."""
         with self._lock:
             self._known[name] = outline
+            self._changes.pop(name, None)
 
     def answer(self, slot: Slot, offset: int, nbytes: int, base: tuple[int, int] | None) -> dict[str, Any]:
         """What a peer asks about a range of a slot: its CRC, or with `base` which of its cells have changed since then."""

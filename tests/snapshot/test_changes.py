@@ -14,8 +14,8 @@ from holdfast.coding import crc32c
 from holdfast.snapshot import exchange, outline, parity
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.keeper import Keeper
-from holdfast.snapshot.outline import Outline, checksum
-from holdfast.snapshot.slots import Slot
+from holdfast.snapshot.outline import Outline, Outlines, checksum
+from holdfast.snapshot.slots import Slot, SlotHeader, SlotState
 from holdfast.snapshot.store import group_of
 from tests.snapshot.nodes import NBYTES, Nodes
 
@@ -67,6 +67,29 @@ def test_the_crc_of_any_range_follows_from_its_cells() -> None:
 
 
 # -- keepers -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_captured_once_more_is_compared_once_more(shm: Path) -> None:
+    """What was found changed in the capture that was given up says nothing of the next one, though both are of one step."""
+    slots = {name: Slot.create(shm / name, SlotHeader("job", 0, 0, int(name[-1])), 9000) for name in ("slot-0-0", "slot-0-1")}
+    outlines = Outlines(slots)
+
+    def fill(name: str, step: int, state: SlotState, *changed: int) -> None:
+        slot = slots[name]
+        slot.body[:8192] = bytes(8192)
+        for place in changed:
+            slot.body[place] = 1
+        slot.update(state=state, epoch=1, step=step, payload_nbytes=8192)
+        outlines.put(name, Outline(1, step, 8192, tuple(checksum(slot.body, [], 8192)[1])))
+
+    fill("slot-0-0", 1, SlotState.COMMITTED)
+    for places in ((100,), (5000, 7000), ()):
+        fill("slot-0-1", 2, SlotState.VERIFIED, *places)
+        found = outlines.changes(slots["slot-0-1"], (1, 1))
+        assert found is not None
+        assert [change.offset for change in found] == [place // CELL * CELL for place in places]
+    for slot in slots.values():
+        slot.close()
 
 
 @pytest.fixture
