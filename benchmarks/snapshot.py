@@ -95,7 +95,7 @@ class Bench:
         ]
         try:
             for rank in ranks:
-                if rank.wait(400):
+                if rank.wait(1800):
                     raise RuntimeError(f"a rank ended with {rank.returncode}")
             found: dict[str, Any] = json.loads(out.read_text())
             return found
