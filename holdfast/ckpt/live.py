@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import LayoutMismatch, StateError
@@ -17,9 +16,10 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
     from holdfast.ckpt.dcp import UniversalWriter
+    from holdfast.ckpt.storage import Place
 
 
-def save(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None) -> Path:
+def save(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None) -> Place:
     """The state is a committed step of the run at `path`; returns the step's directory."""
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 

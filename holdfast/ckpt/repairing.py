@@ -20,6 +20,7 @@ from holdfast.ckpt.durable import disk_errors, replace_durably, sync_path
 from holdfast.ckpt.manifest import DOCUMENTS, StoredRun, read_checked, read_commit
 from holdfast.ckpt.reader import Checkpoint, Progress, open_directory
 from holdfast.ckpt.steps import Address
+from holdfast.ckpt.storage import local
 from holdfast.ckpt.strips import ArrayLayout, Run
 from holdfast.ckpt.verify import Damage, VerifyReport
 from holdfast.ckpt.views import run_bytes
@@ -55,7 +56,7 @@ def repair(path: str | Path, replica: str | Path, *, dry_run: bool = False, prog
     COMMIT itself has to be sound, for it decides what is right. Raises LayoutMismatch when the replica holds other arrays.
     """
     address = Address.parse(str(path))
-    directory = find_step(address.path, address.step)
+    directory = local(find_step(address.path, address.step), "repair")
     source = open_checkpoint(replica, None if Address.parse(str(replica)).step is not None else read_commit(directory).step)
     documents = _documents(directory, source)
     if not dry_run:
@@ -147,7 +148,7 @@ def _is_covered(checkpoint: Checkpoint, damage: Damage, patches: list[_Patch]) -
 
 
 def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
-    path = checkpoint.path / file
+    path = local(checkpoint.path, "repair") / file
     path.parent.mkdir(parents=True, exist_ok=True)
     if file.endswith("/zarr.json"):
         name = file.removesuffix("/zarr.json")
