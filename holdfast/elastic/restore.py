@@ -17,6 +17,7 @@ import torch
 
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
+from holdfast.ckpt.storage import Place, place
 from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, SnapshotLost
 from holdfast.snapshot.client import connect
@@ -123,23 +124,24 @@ def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
 def _newest_checkpoint(checkpoints: str | None) -> dict[str, Any]:
     """The newest sound step, and a line for every newer one that is not."""
     problems: list[str] = []
-    if checkpoints is not None:
-        for info in reversed(ckpt.list_steps(_directory(checkpoints))):
+    where = None if checkpoints is None else _directory(checkpoints)
+    if where is not None and where.is_dir():  # a store has no prefix before the first save
+        for info in reversed(ckpt.list_steps(where)):
             if ckpt.is_sound(info):
                 return {"step": info.step, "problems": problems}
             problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
     return {"step": None, "problems": problems}
 
 
-def _directory(checkpoints: str) -> Path:
+def _directory(checkpoints: str) -> Place:
     """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
-    if "://" in checkpoints:
-        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
-    try:
-        Path(checkpoints).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
-    return Path(checkpoints)
+    where = place(checkpoints)
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return where
 
 
 # -- from memory ---------------------------------------------------------------------------------------------------------

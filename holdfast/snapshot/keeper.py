@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.arrays import Fragment, FragmentTable
+from holdfast.ckpt.storage import place
 from holdfast.coding import crc32c
 from holdfast.errors import (
     ClusterError,
@@ -312,7 +313,7 @@ class Keeper:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
 
         table = FragmentTable.from_bytes(payload)
-        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
+        written = spill.write_part(place(directory), table, step, layout, self.node, frozenset(slots), read)
         return {"nbytes": written}
 
     def verb_checkpointed(self, step: int) -> None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from holdfast import ckpt
 from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fragments
+from holdfast.ckpt.storage import Place, is_remote, place
 from holdfast.events import crash_point
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Connection
 
 
-def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
+def write_checkpoint(view: View, step: int, index: int) -> tuple[Place, int]:
     """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes."""
     if view.checkpoints is None:
         raise ValueError("this run has no place for checkpoints")
@@ -31,7 +31,7 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
         table, objects = gather(view, step, index)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
-        plan = ckpt.plan_write(table, step=step, layout=layout)
+        plan = _plan(table, step, layout, view.checkpoints)
         directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
         crash_point("spill.begun")
         _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index, layout=layout)
@@ -43,9 +43,9 @@ def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
             connection.close()
 
 
-def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
+def _already_written(checkpoints: str, step: int) -> tuple[Place, int] | None:
     """The checkpoint of this step from before a recovery that trained it again: it is as good, and is never overwritten."""
-    if not Path(checkpoints).is_dir():
+    if not place(checkpoints).is_dir():
         return None
     found = [info for info in ckpt.list_steps(checkpoints) if info.step == step and ckpt.is_sound(info)]
     return (found[0].path, found[0].nbytes) if found else None
@@ -66,8 +66,12 @@ def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, 
     return distinct_fragments(FragmentTable.concat(tables)), objects
 
 
+def _plan(table: FragmentTable, step: int, layout: dict[str, Any], where: str | Place) -> ckpt.WritePlan:
+    return ckpt.plan_write(table, step=step, layout=layout, whole_files=is_remote(where))
+
+
 def write_part(
-    directory: Path,
+    directory: Place,
     table: FragmentTable,
     step: int,
     layout: dict[str, Any],
@@ -76,7 +80,7 @@ def write_part(
     read: Callable[[Fragment], memoryview],
 ) -> int:
     """Write the fragments that this node's ranks hold; returns the bytes written."""
-    plan = ckpt.plan_write(table, step=step, layout=layout)
+    plan = _plan(table, step, layout, directory)
     rows = [row for row in table if row.rank in ranks]
     return ckpt.write_fragments(directory, plan, node, rows, read)
 
