@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,6 +39,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -119,9 +121,14 @@ class UniversalWriter(StorageWriter):
         self.threads, self.direct, self.compress, self.incremental = threads, direct, compress, incremental
         self._step = step
         self._capture: LazyCapture | None = None
-        self._set_path(path)
+        self.background: Any = None
+        self.set_path(path)
 
-    def _set_path(self, path: str | os.PathLike[str]) -> None:
+    def set_step(self, step: int | None) -> None:
+        """The step of the next save; None: the one after the newest."""
+        self._step = self.step = step
+
+    def set_path(self, path: str | os.PathLike[str]) -> None:
         where = place(path)
         named = step_of(where)
         self.root, self.step = (where, self._step) if named is None else (where.parent, named)
@@ -134,7 +141,7 @@ class UniversalWriter(StorageWriter):
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            self._set_path(checkpoint_id)
+            self.set_path(checkpoint_id)
         self.checkpoint: Place | None = None
         self._task: _Task | None = None
 
@@ -243,6 +250,10 @@ class UniversalWriter(StorageWriter):
             self._capture.fence()
 
     def close(self) -> None:
+        """Let threads and buffers go, after the saves that were begun have ended."""
+        if self.background is not None:
+            self.background.close()
+            self.background = None
         if self._capture is not None:
             self._capture.close()
             self._capture = None
@@ -250,6 +261,15 @@ class UniversalWriter(StorageWriter):
     def _captured(self, value: Any) -> torch.Tensor:
         tensor: torch.Tensor = value.detach()
         return tensor if self._capture is None else self._capture.copy_of(tensor)
+
+
+def save_state_dict(state_dict: dict[str, Any], writer: UniversalWriter, group: Any, *, alone: bool) -> None:
+    """`dcp.save`, raising what went wrong itself; torch wraps it in an exception that `except Exception` does not catch."""
+    try:
+        save(state_dict, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()), None)
+        raise (error if first is None else first[0]) from error
 
 
 def _tensor_items(plan: SavePlan) -> list[WriteItem]:
@@ -303,8 +323,11 @@ def _without_live_values(value: Any, path: str, tensors: list[tuple[str, torch.T
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if not hasattr(tensor, "to_local"):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local: torch.Tensor = tensor.to_local()
+        return local
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
