@@ -229,7 +229,9 @@ def test_the_command_line_takes_addresses(bucket, tmp_path, capsys):
     assert main(["verify", bucket]) == 0
     assert f"{bucket}/step-00000004-t: whole" in capsys.readouterr().out
     assert main(["restore", bucket, "--mesh", "dp=2", "--out", str(tmp_path / "out")]) == 0
-    whole = torch.cat([torch.load(tmp_path / f"out/rank-0000{rank}.pt")["state"]["model/rows"] for rank in (0, 1)])
+    whole = torch.cat(
+        [torch.load(tmp_path / f"out/rank-0000{rank}.pt", weights_only=True)["arrays"]["model/rows"] for rank in (0, 1)]
+    )
     assert whole.numpy().tobytes() == ROWS.data
     assert main(["prune", bucket, "--keep", "1", "--yes"]) == 0
 
