@@ -100,9 +100,11 @@ def write(
     compress: Mapping[str, int] | None = None,
     parent: ckpt.Checkpoint | None = None,
     direct: bool = False,
+    whole_files: bool = False,
 ) -> Any:
     layout = {"world": world, "mesh": {"dp": world}, **({} if parent is None else {"parent": parent.step})}
-    plan = ckpt.plan_write(saved.table, step=step, layout=layout, whole_files=is_remote(root), compress=compress)
+    whole_files = whole_files or is_remote(root)
+    plan = ckpt.plan_write(saved.table, step=step, layout=layout, whole_files=whole_files, compress=compress)
     directory = ckpt.begin(root, plan, token)
     for node in range(nodes):
         rows = [row for row in saved.table if row.rank % nodes == node]
