@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +21,9 @@ from holdfast.arrays import Box, Fragment, FragmentTable
 from holdfast.ckpt import disk
 from holdfast.ckpt.difference import diff
 from holdfast.ckpt.pruning import Retention, prune
-from holdfast.errors import ConfigError, CorruptData, StateError, StorageError
+from holdfast.errors import ConfigError, CorruptData, HoldfastError, StateError, StorageError, UnsupportedFormat
 from tests.ckpt.saving import Sample, assert_holds, cut, flat_boxes, grid_boxes, hold, save, write
+from tests.ckpt.test_damage import edit_json, edit_runs
 
 # -- compressed --------------------------------------------------------------------------------------------------------
 
@@ -103,6 +107,64 @@ def test_damage_in_compressed_chunks_is_found_and_never_handed_out(tmp_path):
     ]
     with pytest.raises(CorruptData, match=r"optim/tall.*crc32c"):
         ckpt.open_checkpoint(tmp_path).read_box("optim/tall", None, bytearray(TALL.spec.nbytes))
+
+
+def first(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return next(row for row in rows if row["array"] == "optim/tall")
+
+
+def grown(row: dict[str, Any]) -> None:
+    row.update(nbytes=64 << 20, block_crc32c=[0] * 2048)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], None], type[HoldfastError], str]] = {
+    "a chunk where none is": (
+        edit_runs(lambda rows: first(rows).update(offset=[1, 0])),
+        CorruptData,
+        "is no chunk of this array",
+    ),
+    "a chunk of another file": (
+        edit_runs(lambda rows: first(rows).update(file="optim/tall/c/2/0")),
+        CorruptData,
+        "is no chunk of this array",
+    ),
+    "a chunk of a file outside": (
+        edit_runs(lambda rows: first(rows).update(file="../../etc/passwd")),
+        CorruptData,
+        "is no chunk of this array",
+    ),
+    "a chunk larger than it can be": (
+        edit_runs(lambda rows: grown(first(rows))),
+        CorruptData,
+        "larger compressed than it can be",
+    ),
+    "a chunk at another offset": (edit_runs(lambda rows: first(rows).update(byte_offset=8)), CorruptData, "crc32c"),
+    "a level that is none": (
+        edit_json("zarr.json", lambda root: tall_codecs(root)[1]["configuration"].update(level="9")),
+        UnsupportedFormat,
+        "breaks the rules",
+    ),
+    "another compression": (
+        edit_json("zarr.json", lambda root: tall_codecs(root)[1].update(name="gzip")),
+        UnsupportedFormat,
+        "does not write",
+    ),
+}
+
+
+def tall_codecs(root: Any) -> list[dict[str, Any]]:
+    array = root["consolidated_metadata"]["metadata"]["optim/tall"]
+    return array["codecs"][0]["configuration"]["codecs"]
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_compressed_checkpoint_is_refused_when(packed, tmp_path, what):
+    change, error, words = HOSTILE[what]
+    step = tmp_path / "step-00000001"
+    shutil.copytree(packed / "step-00000001", step)
+    change(step)
+    with pytest.raises(error, match=words):
+        ckpt.open_checkpoint(step).read_box("optim/tall", None, bytearray(TALL.spec.nbytes))
 
 
 def test_a_frame_that_unpacks_to_something_else_is_refused():

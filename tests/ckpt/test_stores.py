@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -234,6 +238,59 @@ def test_the_command_line_takes_addresses(bucket, tmp_path, capsys):
     )
     assert whole.numpy().tobytes() == ROWS.data
     assert main(["prune", bucket, "--keep", "1", "--yes"]) == 0
+
+
+PROTECTED = """
+import json, sys, torch, holdfast
+torch.manual_seed(0)
+model = torch.nn.Linear(300, 200)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+seen = []
+with holdfast.protect(
+    {"model": model, "optim": optimizer}, checkpoints=sys.argv[1], checkpoint_every=2, snapshot_every=1, name="stored"
+) as run:
+    for step in run.steps(until=int(sys.argv[2])):
+        model(torch.full((4, 300), float(step))).square().mean().mul(1e-6).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(step)
+print(json.dumps({"steps": seen, "weight": model.weight.double().sum().item().hex()}))
+"""
+
+
+def protected(address: str, until: int, server: dict[str, str]) -> dict[str, object]:
+    """A protected run in a process of its own, with keepers and memory that no other run has."""
+    home = Path(tempfile.mkdtemp(prefix="hf-", dir="/tmp"))  # a socket's path has to be short
+    house = str(Path(ckpt.__file__).parents[2])
+    places = {"HOLDFAST_RUNTIME": str(home), "HOLDFAST_MEMORY": str(home), "HOLDFAST_KEEPERS": "process", "PYTHONPATH": house}
+    environment = {**os.environ, **server, **places}
+    command = [sys.executable, "-c", PROTECTED, address, str(until)]
+    try:
+        with open(home / "log", "w") as log:  # keepers keep it open
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=100).returncode
+        text = (home / "log").read_text()
+        assert code == 0, text
+        return json.loads(text.splitlines()[-1])
+    finally:
+        for keeper in home.glob("*/*/*/keeper.json"):
+            with suppress(ProcessLookupError):
+                os.kill(json.loads(keeper.read_text())["pid"], signal.SIGKILL)
+        shutil.rmtree(home)
+
+
+@pytest.mark.campaign
+def test_a_protected_run_that_lost_its_machine_goes_on_from_the_store(bucket, server):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(300, 200)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(1, 7):
+        model(torch.full((4, 300), float(step))).square().mean().mul(1e-6).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert protected(bucket, 4, server)["steps"] == [1, 2, 3, 4]
+    assert [info.step for info in ckpt.list_steps(bucket)][-1] == 4
+    rest = protected(bucket, 6, server)
+    assert rest == {"steps": [5, 6], "weight": model.weight.double().sum().item().hex()}
 
 
 def test_a_bucket_that_is_not_there_is_told(bucket):
