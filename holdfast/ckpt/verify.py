@@ -14,7 +14,7 @@ import numpy as np
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
 from holdfast.ckpt.manifest import StoredRun, read_document
-from holdfast.ckpt.storage import OpenFile
+from holdfast.ckpt.storage import REMOTE_THREADS, OpenFile, is_remote
 from holdfast.ckpt.strips import ArrayLayout
 from holdfast.ckpt.views import run_bytes
 from holdfast.ckpt.zarrdoc import array_document, group_document, groups, packed_index, shard_index
@@ -63,6 +63,7 @@ def verify(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
     damages: list[Damage] = []
     pending: deque[tuple[int, Future[list[Damage]]]] = deque()
     checked = 0
+    threads = max(threads, REMOTE_THREADS) if is_remote(checkpoint.path) else threads
     with ThreadPoolExecutor(threads, "holdfast-verify") as pool:
         for run, start, stop in _parts(checkpoint):
             pending.append((stop - start, pool.submit(_check_part, checkpoint, run, start, stop)))

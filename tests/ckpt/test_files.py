@@ -21,6 +21,7 @@ from holdfast.arrays import Box, Fragment, FragmentTable
 from holdfast.ckpt import disk
 from holdfast.ckpt.difference import diff
 from holdfast.ckpt.pruning import Retention, prune
+from holdfast.ckpt.repairing import repair
 from holdfast.errors import ConfigError, CorruptData, HoldfastError, StateError, StorageError, UnsupportedFormat
 from tests.ckpt.saving import Sample, assert_holds, cut, flat_boxes, grid_boxes, hold, save, write
 from tests.ckpt.test_damage import edit_json, edit_runs
@@ -177,6 +178,17 @@ def test_a_frame_that_unpacks_to_something_else_is_refused():
             unpack(frame, wrong, "here")
     with pytest.raises(CorruptData, match="here: is no zstd frame"):
         unpack(memoryview(b"x" * 50), 5000, "here")
+
+
+def test_a_replica_that_was_compressed_alike_repairs_chunks_and_indexes(packed, tmp_path):
+    write(tmp_path, hold(SAMPLES, mixed()), step=1, compress={"optim/*": 3})
+    step = tmp_path / "step-00000001"
+    sound = {path.relative_to(step): path.read_bytes() for path in step.rglob("*") if path.is_file()}
+    spoil(step / "optim/tall/c/1/0", 5000)
+    spoil(step / "optim/rows/c/0/0", (step / "optim/rows/c/0/0").stat().st_size - 6)
+    repaired = repair(f"{tmp_path}@1", packed)
+    assert (repaired.blocks, repaired.lost) == (1, ())
+    assert {path.relative_to(step): path.read_bytes() for path in step.rglob("*") if path.is_file()} == sound
 
 
 def test_levels_that_zstd_does_not_have_are_refused():
