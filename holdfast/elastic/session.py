@@ -256,7 +256,8 @@ class Run:
         capturer = self._running()
         started = time.perf_counter()
         self.step += 1
-        capturer.step_done(self.step)
+        # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
+        capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step)
         capturer.stats.stall_s += time.perf_counter() - started
 
