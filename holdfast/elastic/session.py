@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import restore
+from holdfast.elastic.inplace import InPlace, Step, in_place, reset
+from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -106,6 +108,8 @@ class Run:
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
         self._hooks: list[Any] = []
+        self._in_place: InPlace | None = None
+        self._begun = False
         self._staleness = _Staleness(self.name)
 
     @property
@@ -120,6 +124,28 @@ class Run:
     # -- entering --
 
     def __enter__(self) -> Self:
+        self._in_place = in_place()
+        if self._in_place is None:
+            self._enter()
+        else:
+            self._in_place.enter(self._enter)
+        return self
+
+    def recover_in_place(self, error: BaseException | None) -> bool:
+        """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
+        if self._in_place is None or not self._in_place.is_due(error):
+            return False
+        self._in_place.recover(error, self._enter_again)
+        return True
+
+    def _enter_again(self) -> None:
+        if self._capturer is not None:
+            self._capturer.settle()
+        self._put_down()
+        reset(self._tracked.modules.values(), self._tracked.optimizers.values())
+        self._enter()
+
+    def _enter(self) -> None:
         started = time.perf_counter()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
@@ -138,6 +164,8 @@ class Run:
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
         restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        if restored.recovery is None and any(team.all(lambda: self._begun)):
+            raise RestartNeeded("no step has been committed yet, and this process has begun one")
         link = team_link(team, own, env, self._room_needed(team))
         self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
         clock.lap("join")
@@ -145,13 +173,14 @@ class Run:
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
-        return self
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
         arrays = {
             item.name: [item.placement.spec.dtype, list(item.placement.spec.shape), list(item.placement.expected)]
             for item in self._tracked.held()
+            # A spare has not made its optimizer's state yet; what it has to be, the snapshot says.
+            if self._in_place is None or item.name.split("/")[0] not in self._tracked.optimizers
         }
         mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
         text = json.dumps(mine, sort_keys=True).encode()
@@ -232,7 +261,9 @@ class Run:
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
         link.page["completed"] = self.step
+        stats = self.stats
         self._capturer = Capturer(self._tracked, link, rank)
+        self._capturer.stats = stats  # they count over recoveries in place
         for optimizer in self._tracked.optimizers.values():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
 
@@ -245,20 +276,30 @@ class Run:
 
     # -- training --
 
-    def steps(self, until: int) -> Iterator[int]:
-        """Yield step+1 … `until`, each noted as done when the loop asks for the next."""
+    def steps(self, until: int) -> Iterator[Step]:
+        """Yield step+1 … `until`, each noted as done when the loop asks for the next.
+
+        With `with step:` around the body, a step that was undone because another rank died is followed by the one that training
+        goes on from.
+        """
         while self.step < until:
-            yield self.step + 1
-            self.step_done()
+            self._begun = True
+            step = Step(self.step + 1, self)
+            yield step
+            if not step.is_undone:
+                self.step_done()
 
     def step_done(self) -> None:
         """Note that one more step is complete, and let it be captured. For loops that do not use `steps`."""
         capturer = self._running()
         started = time.perf_counter()
+        self._begun = True
         self.step += 1
         # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
         capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step)
+        if self._in_place is not None:
+            self._in_place.line.completed(self.step)
         capturer.stats.stall_s += time.perf_counter() - started
 
     def _fence(self) -> None:
@@ -278,14 +319,21 @@ class Run:
             capturer.settle()
             if kind is None:
                 self._finish(capturer)
+                if self._in_place is not None:
+                    self._in_place.leave()
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
-            capturer.close()
-            capturer.link.close()
+            self._put_down()
+
+    def _put_down(self) -> None:
+        """Let go of the keeper; what has been counted stays."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if self._capturer is not None:
+            self._capturer.close()
+            self._capturer.link.close()
 
     def _finish(self, capturer: Capturer) -> None:
         """Let the last step be captured, committed and written; the keepers then give the memory back."""
@@ -295,6 +343,8 @@ class Run:
         started = asked = time.monotonic()
         while page["stopped"] != epoch:
             capturer.step_done(self.step)
+            if self._in_place is not None:
+                self._in_place.check_alive()
             time.sleep(0.005)
             now = time.monotonic()
             if now - asked > 1:
