@@ -68,6 +68,10 @@ class Job:
             assert code == 0, result.log
         return result
 
+    def result(self, out: Path) -> Result:
+        """What the job that was started last has left in `out`."""
+        return Result(out, self.processes[-1].wait())
+
     def kill_keepers(self, memory: Path) -> None:
         """End every keeper that serves below `memory`."""
         for path in memory.glob("*/*/*/keeper.json"):
