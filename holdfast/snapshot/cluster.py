@@ -29,6 +29,7 @@ from holdfast.snapshot.client import connect
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
+RAY_RESTART_S = 30.0
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -63,6 +64,16 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         for node in missing:
             _wait_for(node, places[node], deadline)
+
+
+def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+    """See that the keeper of `node`, which has died, answers again. Ray restarts its actors by itself and is given time to."""
+    deadline = time.monotonic() + RAY_RESTART_S
+    while kind == "ray" and time.monotonic() < deadline:
+        if _answers(node_memory(memory, job, node)):
+            return
+        time.sleep(0.2)
+    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind)
 
 
 def _check_memory(memory: Path) -> None:

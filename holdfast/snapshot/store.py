@@ -47,6 +47,12 @@ class NodeSlots(dict[str, Slot]):
             slot.close()
         self[name] = Slot.create(self.memory / name, SlotHeader(self.job, self.node, rank, index), body_nbytes)
 
+    def discard(self, name: str) -> None:
+        """Take the slot's file away. Who has it mapped keeps what he has, and it is nobody's snapshot."""
+        slot = self.pop(name)
+        slot.path.unlink(missing_ok=True)
+        slot.close()
+
     def void(self, name: str, epoch: int) -> None:
         """Say that the slot is being filled: what it held is no longer a snapshot."""
         if name in self:
@@ -56,9 +62,7 @@ class NodeSlots(dict[str, Slot]):
         """Free the slots of all other ranks: they lived here once, and a newer step is committed without them."""
         mine = {slot_name(rank, index) for rank in ranks for index in (0, 1)} | {parity_name(0), parity_name(1)}
         for name in set(self) - mine:
-            slot = self.pop(name)
-            slot.path.unlink(missing_ok=True)
-            slot.close()
+            self.discard(name)
 
     # -- content --
 

@@ -24,7 +24,7 @@ from holdfast.snapshot.client import Endpoint, Link, connect
 from holdfast.snapshot.coordinator import Phase
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.keeper import Keeper
-from holdfast.snapshot.recovery import Survey, plan_restore
+from holdfast.snapshot.plan import Survey, plan_restore
 from holdfast.snapshot.slots import Slot, SlotState
 from holdfast.snapshot.view import Member, View
 
@@ -175,7 +175,7 @@ def test_steps_are_captured_protected_and_committed(start: Callable[..., Cluster
 
 def quiet(cluster: Cluster) -> int:
     """Wait until nothing moves before the ranks do: a step ahead of them is announced. Returns the committed step."""
-    coordinator = cluster.keepers[0]._coordinator
+    coordinator = cluster.keepers[0].lead.coordinator
     assert coordinator is not None
 
     def is_ahead() -> bool:
@@ -255,13 +255,14 @@ def test_a_record_that_comes_before_the_announcement_is_kept(start: Callable[...
     cluster = start(2, parity=1)
     cluster.enter(1)
     late = cluster.keepers[1]
-    wait_until(lambda: late._round > 0, "the first announcement")
-    number = late._round
+    wait_until(lambda: late.rounds.present is not None, "the first announcement")
+    assert late.rounds.present is not None
+    number = late.rounds.present.number
     record = {"node": 0, "ranks": [{"rank": 0, "payload_nbytes": 1, "meta_nbytes": 1, "meta_crc32c": 1, "body_nbytes": 1}]}
     cluster.ask(1, "verified", round=number + 5, record=record)
-    assert late._groups[number + 5][0].node == 0
+    assert late.rounds.groups[number + 5][0].node == 0
     cluster.ask(1, "verified", round=0, record=record)
-    assert 0 not in late._groups
+    assert 0 not in late.rounds.groups
 
 
 def test_a_snapshot_that_outgrows_its_slot_gets_a_larger_one(start: Callable[..., Cluster]) -> None:
@@ -375,6 +376,7 @@ def test_bytes_outside_of_a_slot_are_not_given(start: Callable[..., Cluster], of
 
 def finish(cluster: Cluster, *, keep: bool) -> None:
     for rank in cluster.ranks.values():
+        rank.link.page["completed"] = cluster.step
         rank.link.finishing(cluster.step, keep)
 
     def stopped() -> bool:
@@ -501,7 +503,7 @@ def test_a_restarted_keeper_adopts_what_is_whole_and_drops_what_is_damaged(shm: 
     found = {slot["index"]: (slot["state"], slot["step"]) for slot in second.ask("survey")["slots"]}
     assert found == {header.index: (header.state, header.step) for header in held.values()}
     newest = max(held.values(), key=lambda header: (header.state is SlotState.COMMITTED, header.step))
-    stale_token = Endpoint.read(place).member.token
+    token = Endpoint.read(place).member.token
     second.end()
     slot = Slot.open(place / slot_name(0, newest.index), writable=True)
     slot.body[-(-slot.header.payload_nbytes // 64) * 64 + 30] ^= 1  # within its meta
@@ -509,7 +511,7 @@ def test_a_restarted_keeper_adopts_what_is_whole_and_drops_what_is_damaged(shm: 
     third = HostedKeeper(place)
     assert newest.index not in {slot["index"] for slot in third.ask("survey")["slots"]}
     assert not (place / slot_name(0, newest.index)).exists()
-    assert Endpoint.read(place).member.token != stale_token
+    assert Endpoint.read(place).member.token == token, "peers find the keeper that took its place"
     assert "is not adopted" in third.end(signal.SIGTERM)
     assert third.process.returncode == 0
     assert not place.exists(), "asked to end, a keeper gives its memory back"
