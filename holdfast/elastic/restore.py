@@ -21,7 +21,7 @@ from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, SnapshotLost
 from holdfast.snapshot.client import connect
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
-from holdfast.snapshot.recovery import SlotSource, stored_name
+from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
 logger = logging.getLogger(__name__)
@@ -161,10 +161,16 @@ def _from_memory(
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
                 fields = {"group": item.group.to_json(), "lost": item.lost}
                 whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                for node, names in answer.get("damaged", {}).items():
+                    raise DamagedSlot(
+                        int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
+                    )
 
-    team.all(rebuild)
+    rebuilt = team.attempt(rebuild)
     lap("rebuild")
+    if any(outcome.error for outcome in rebuilt):
+        return rebuilt
     tables, objects = _tables(team, plan, sources)
 
     def load() -> None:

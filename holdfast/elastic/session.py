@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import restore
+from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
 from holdfast.elastic.team import Team
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -59,6 +60,7 @@ class Settings:
     checkpoint_every: int
     name: str | None
     memory_dir: str | None
+    grace_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class Run:
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
         self._lifeline: Lifeline | None = None
+        self._preemption: Preemption | None = None
         self._hooks: list[Any] = []
         self._staleness = _Staleness(self.name)
 
@@ -233,6 +236,7 @@ class Run:
             protected=restored.protected,
             in_memory=restored.in_memory,
             spilled=restored.checkpoint,
+            grace_s=self._settings.grace_s,
             guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
@@ -263,6 +267,9 @@ class Run:
         self._capturer = Capturer(self._tracked, link, rank)
         for optimizer in self._tracked.optimizers.values():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
+
+        if self._settings.checkpoints is not None and self._settings.grace_s > 0:
+            self._preemption = Preemption(partial(link.terminated, self._settings.grace_s), self._settings.grace_s)
 
     def _report(self, team: Team) -> None:
         recovery = self.recovery
@@ -312,6 +319,8 @@ class Run:
                 hook.remove()
             self._hooks.clear()
             capturer.close()
+            if self._preemption is not None:
+                self._preemption.close()
             if self._lifeline is not None:
                 self._lifeline.close()
             capturer.link.close()

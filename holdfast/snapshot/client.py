@@ -131,6 +131,15 @@ class Link:
         except KeeperUnreachable as error:
             logger.warning("rank %d: its keeper is away and will read of the end on its return: %s", self.rank, error)
 
+    def terminated(self, grace_s: float) -> None:
+        """This process was told to end: blocks until the newest snapshot is a checkpoint, `grace_s` have passed, or it is clear
+        that the run only starts again. May be called from any thread."""
+        connection = connect(self.memory, timeout_s=grace_s + 5)
+        try:
+            connection.ask("terminated", grace_s=grace_s, **self._who)
+        finally:
+            connection.close()
+
     def ask(self, verb: str, payload: bytes = b"", **fields: Any) -> Any:
         """Ask the keeper, over a new connection where the last one is broken."""
         try:

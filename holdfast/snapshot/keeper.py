@@ -8,6 +8,7 @@ others may read, and the end; each other story has a file of its own:
     rounds.py       a snapshot's way, from announced to committed
     lead.py         the coordinator's keeper                    regroup.py    a keeper that died comes back
     preempt.py      told to end: the last snapshot is saved     rescue.py     peers that are gone
+    repair.py       what a lost node held is recomputed
 """
 
 from __future__ import annotations
@@ -31,18 +32,23 @@ from holdfast.snapshot.coordinator import Acknowledged, Finishing, Input
 from holdfast.snapshot.exchange import SlotReader, check_holds
 from holdfast.snapshot.lead import Lead
 from holdfast.snapshot.membership import Membership
+from holdfast.snapshot.preempt import Preempt
 from holdfast.snapshot.regroup import Regroup
+from holdfast.snapshot.repair import Repair
+from holdfast.snapshot.rescue import Rescue
 from holdfast.snapshot.rounds import Rounds
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.store import NodeSlots, group_of
 from holdfast.snapshot.trainers import Trainers
-from holdfast.snapshot.view import GroupRecord, Member, View, effective_parity
+from holdfast.snapshot.view import Member, View, effective_parity
 from holdfast.snapshot.wire import Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
 UNLOCKED = frozenset({"parity", "spill"})
 """Verbs of an epoch that move many bytes; they guard themselves. All others run while nothing else changes."""
+
+NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
 
 
 class Keeper:
@@ -52,7 +58,7 @@ class Keeper:
         self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True, domain: str = ""
     ) -> None:
         self.job, self.node, self.memory = job, node, memory
-        self._mapped = mapped
+        self.mapped = mapped
         self._last: dict[str, float] = {}
         self._closed = threading.Event()
         self._released = threading.Event()
@@ -63,8 +69,10 @@ class Keeper:
         self.members = Membership(node, memory, self.lock, self._handle)
         known, self._ended = self.members.take_over()
         self.trainers = Trainers(job, memory, self.slots, known)
+        self.checkpointed = 0
         self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
-        parts = (self, self.rounds, self.lead, self.regroup)
+        self.preempt, self.repair = Preempt(self), Repair(self)
+        parts = (self, self.rounds, self.lead, self.regroup, self.preempt, self.repair)
         self._verbs = {name[5:]: getattr(part, name) for part in parts for name in dir(part) if name.startswith("verb_")}
         former = identity(memory)
         listeners, port = listen(memory / SOCKET, bind, former.port)
@@ -73,6 +81,7 @@ class Keeper:
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
         write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
+        Rescue(self)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -91,7 +100,7 @@ class Keeper:
         if found is None:
             raise ClusterError(f"this keeper does not know the verb {verb!r}; are two releases of holdfast mixed?")
         connection, epoch = fields.pop("connection"), fields.pop("epoch_of_sender", None)
-        if verb in ("attach", "hello", "range"):
+        if verb in NEED_CONNECTION:
             fields["connection"] = connection
         if payload:
             fields["payload"] = payload
@@ -134,8 +143,11 @@ class Keeper:
                 self.tell(Finishing(self.node, *found))
 
     def _disconnected(self, connection: int) -> None:
+        self.repair.disconnected(connection)
         with self.lock:
             gone = self.trainers.disconnected(connection)
+            for rank in gone:
+                self.preempt.left(rank)
         for rank in gone:
             logger.info("rank %d has left", rank)
             emit("trainer.left", job=self.job, node=self.node, rank=rank)
@@ -155,6 +167,8 @@ class Keeper:
             self.trainers.belong(ranks, fresh.epoch)
             self.rounds.reset()
             self.lead.reset(fresh)
+            self.preempt.reset()
+            self.checkpointed = fresh.spilled
             if not fresh.in_memory:
                 for slot in self.slots.values():
                     slot.update(state=SlotState.EMPTY, step=0, payload_nbytes=0, meta_nbytes=0)
@@ -197,6 +211,7 @@ class Keeper:
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
 
     def verb_checkpointed(self, step: int) -> None:
+        self.checkpointed = max(self.checkpointed, step)
         self.trainers.say(self.members.local_ranks, checkpoint=step)
 
     # -- what others may read --
@@ -245,21 +260,8 @@ class Keeper:
         data = slot.body[offset : offset + nbytes]
         return {"crc32c": crc32c(data)}, data
 
-    def verb_rebuild(
-        self, group: Header, lost: int, survivors: list[Header], with_data: list[int], with_parity: list[int]
-    ) -> Header:
-        """Recompute what node `lost` held, into slots of this keeper, and check every byte. Blocks until it is done."""
-        record = GroupRecord.from_json(group)
-        members = [Member.from_json(member) for member in survivors]
-        started = time.perf_counter()
-        readers = {member.node: self.reader(member) for member in members}
-        nbytes = self.slots.rebuild(record, lost, readers, frozenset(with_data), frozenset(with_parity))
-        seconds = time.perf_counter() - started
-        logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
-        return {"nbytes": nbytes, "seconds": seconds}
-
     def reader(self, member: Member) -> SlotReader:
-        return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
+        return SlotReader(member, mapped=self.mapped and member.host == self.member.host)
 
     def verb_status(self) -> Header:
         with self.lock:
@@ -336,6 +338,10 @@ class Keeper:
     @property
     def is_closed(self) -> bool:
         return self._closed.is_set()
+
+    def wait_closed(self, seconds: float) -> bool:
+        """True once the keeper is closing; waits that long for it."""
+        return self._closed.wait(seconds)
 
     def close(self, *, free: bool = True) -> None:
         """Stop serving and give the node's memory back; with `free` false a successor finds it."""

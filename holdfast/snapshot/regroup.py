@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast import ckpt
 from holdfast.errors import HoldfastError, StaleEpoch
 from holdfast.events import crash_point, emit
-from holdfast.snapshot.plan import RestorePlan, Survey, plan_restore
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Connection, Header
 
@@ -114,7 +114,7 @@ class Regroup:
         ranks = view.member(self._keeper.node).ranks
         with self._lock:
             self._refuse_unless_steady(view)
-        _ask(view.member(view.coordinator), "returned", member=replace(self._keeper.member, ranks=ranks).to_json())
+        ask(view.member(view.coordinator), "returned", member=replace(self._keeper.member, ranks=ranks).to_json())
         deadline = time.monotonic() + REPORTED_S
         while self._members.is_adrift and time.monotonic() < deadline and not self._keeper.is_closed:
             time.sleep(0.02)
@@ -122,18 +122,16 @@ class Regroup:
     def _regroup(self, view: View) -> None:
         members = tuple(self._present(member) for member in view.members)
         for member in members:
-            _ask(member, "ping")  # nobody is fenced off for a member that is not back yet
-        epoch = max(_ask(member, "survey")["epoch"] for member in members) + 1
-        told = {member.node: _ask(member, "fence", epoch=epoch, nodes=sorted(view.nodes)) for member in members}
+            ask(member, "ping")  # nobody is fenced off for a member that is not back yet
+        epoch = max(ask(member, "survey")["epoch"] for member in members) + 1
+        told = {member.node: ask(member, "fence", epoch=epoch, nodes=sorted(view.nodes)) for member in members}
         crash_point("regroup.fenced")
         surveys = [Survey.from_json(answer["survey"]) for answer in told.values()]
-        plan, reasons = plan_restore(surveys)
-        if plan is not None:
-            carry_out(plan, {member.node: member for member in members})
+        plan, reasons = make_whole(surveys, {member.node: member for member in members})
         fresh = formed(view, epoch, members, plan, newest_checkpoint(view.checkpoints))
         # Ours first: what the others have to say to the coordinator as soon as they have joined must find it there.
         for member in sorted(members, key=lambda member: member.node != self._keeper.node):
-            _ask(member, "join", view=fresh.to_json(), regrouped=True)
+            ask(member, "join", view=fresh.to_json(), regrouped=True)
         crash_point("regroup.joined")
         self._keeper.lead.verb_begin(max(answer["progress"] for answer in told.values()))
         lost = f"; lost: {'; '.join(reasons)}" if plan is None and reasons else ""
@@ -161,12 +159,28 @@ def formed(view: View, epoch: int, members: Sequence[Member], plan: RestorePlan 
     )
 
 
-def carry_out(plan: RestorePlan, members: Mapping[int, Member]) -> None:
-    """Have every keeper that is named in the plan rebuild what was lost."""
+def make_whole(surveys: Sequence[Survey], members: Mapping[int, Member]) -> tuple[RestorePlan | None, list[str]]:
+    """The newest step that these nodes can put together, with what was lost of it rebuilt; and why a newer one is not it."""
+    distrusted: Distrusted = frozenset()
+    notes: list[str] = []
+    while True:
+        plan, reasons = plan_restore(surveys, distrusted)
+        damaged = _carry_out(plan, members) if plan is not None else {}
+        if plan is None or not damaged:
+            return plan, reasons + notes
+        notes += [f"step {plan.step}: {', '.join(names)} of node {node} rotted" for node, names in damaged.items()]
+        distrusted |= {(node, plan.step) for node in damaged}
+
+
+def _carry_out(plan: RestorePlan, members: Mapping[int, Member]) -> dict[int, list[str]]:
+    """Have every keeper that is named in the plan rebuild what was lost; the slots that turned out damaged, by node."""
+    damaged: dict[int, list[str]] = {}
     for item in plan.rebuilds:
         survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
         whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-        _ask(members[item.host], "rebuild", group=item.group.to_json(), lost=item.lost, survivors=survivors, **whole)
+        answer = ask(members[item.host], "rebuild", group=item.group.to_json(), lost=item.lost, survivors=survivors, **whole)
+        damaged |= {int(node): names for node, names in answer.get("damaged", {}).items()}
+    return damaged
 
 
 def newest_checkpoint(checkpoints: str | None) -> int:
@@ -176,7 +190,8 @@ def newest_checkpoint(checkpoints: str | None) -> int:
     return max((info.step for info in ckpt.list_steps(checkpoints) if ckpt.is_sound(info)), default=0)
 
 
-def _ask(member: Member, verb: str, /, **fields: Any) -> Any:
+def ask(member: Member, verb: str, /, **fields: Any) -> Any:
+    """One question to a keeper; a long answer is waited for."""
     connection = Connection((member.address, member.port), member.token, timeout_s=600)
     try:
         return connection.ask(verb, **fields)

@@ -101,4 +101,4 @@ def test_a_view_knows_its_coordinator_its_members_and_their_groups() -> None:
     assert view.coordinator == 3
     assert view.member(7) is members[2]
     assert view.group_of(3) == (3, 7, 11)
-    assert view.group_of(11) == (7, 9, 11)
+    assert view.group_of(9) == (5, 9)
