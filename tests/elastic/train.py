@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
     parser.add_argument("--in-place", action="store_true", help="`with step:` around the body")
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -147,6 +148,8 @@ def main() -> None:
                         if rank == death["ranks"][0] and ripe and not mark.exists():
                             mark.touch()
                             die(death, args.name, memory, model)
+                if args.keep_up:
+                    wait_for_keepers(run, step)
                 if args.follow_keeper and not _alive(keeper_pid(memory, args.name, run)):
                     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -159,6 +162,16 @@ def main() -> None:
     (args.out / f"facts-{rank}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_keepers(run: holdfast.elastic.session.Run, step: int) -> None:
+    """Return once a later step is ordered or this one is committed; snapshots that have stopped for good end the run."""
+    page = run._running().link.page
+    deadline = time.monotonic() + 90
+    while page.target[0] <= step and run.committed_step < step:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"step {step} is done and no further one is ordered; committed is {run.committed_step}")
+        time.sleep(0.01)
 
 
 _pids: dict[str, int] = {}
