@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import restore
+from holdfast.elastic.chronicle import Chronicle
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -107,6 +108,7 @@ class Run:
         self._capturer: Capturer | None = None
         self._hooks: list[Any] = []
         self._staleness = _Staleness(self.name)
+        self._chronicle: Chronicle | None = None
 
     @property
     def stats(self) -> Stats:
@@ -120,7 +122,7 @@ class Run:
     # -- entering --
 
     def __enter__(self) -> Self:
-        started = time.perf_counter()
+        started, entered_s = time.perf_counter(), time.time()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
@@ -145,6 +147,16 @@ class Run:
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
+        self._chronicle = Chronicle.open(
+            team,
+            job=self.name,
+            checkpoints=self._settings.checkpoints,
+            objects=self._tracked.objects,
+            step=self.step,
+            entered_s=entered_s,
+            recovery=self.recovery,
+            phases=clock.laps,
+        )
         return self
 
     def _agree_on_structure(self, team: Team) -> None:
@@ -256,6 +268,8 @@ class Run:
         capturer = self._running()
         started = time.perf_counter()
         self.step += 1
+        if self._chronicle is not None:
+            self._chronicle.step_done(self.step, capturer.stats.stall_s)
         capturer.step_done(self.step)
         self._staleness.look(capturer.link.page["committed"], self.step)
         capturer.stats.stall_s += time.perf_counter() - started
@@ -280,6 +294,8 @@ class Run:
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
+            if self._chronicle is not None:
+                self._chronicle.close(self.step, error)
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()

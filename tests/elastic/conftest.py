@@ -35,14 +35,16 @@ class Job:
     def memory(self) -> Path:
         return Path(self.env["HOLDFAST_MEMORY"])
 
-    def start(self, *arguments: str, ranks: int = 2, restarts: int = 3, out: Path | None = None, **env: str) -> Path:
+    def start(
+        self, *arguments: str, ranks: int = 2, restarts: int = 3, out: Path | None = None, script: Path = SCRIPT, **env: str
+    ) -> Path:
         self.results += 1
         out = out or self.place / f"out-{self.results}"
         out.mkdir(exist_ok=True)
-        command = [sys.executable, str(SCRIPT)]
+        command = [sys.executable, str(script)]
         if ranks:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = [*torchrun, f"--max-restarts={restarts}", str(SCRIPT)]
+            command = [*torchrun, f"--max-restarts={restarts}", str(script)]
         log = (out / "log").open("w")
         process = subprocess.Popen(
             [*command, "--out", str(out), *arguments],
