@@ -74,6 +74,7 @@ class Chronicle:
                 rung=recovery.rung if recovery else "",
                 restoring=phases,
                 notes=recovery.notes if recovery else (),
+                choice=recovery.choice if recovery else (),
             )
         begin = Begin(
             attempt=attempt,

@@ -39,7 +39,8 @@ p { margin: 4px 0; } .quiet { color: var(--quiet); }
 .numbers b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; } td, th { padding: 3px 14px 3px 0; text-align: left; }
 td.n, th.n { text-align: right; } tr + tr td { border-top: 1px solid var(--line); }
-svg { width: 100%; height: auto; display: block; } svg text { font: 11px system-ui, sans-serif; fill: var(--quiet); }
+svg { width: 100%; height: auto; display: block; margin-bottom: 12px; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--quiet); }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 6px; }
 .legend span { margin-right: 16px; white-space: nowrap; }
 .incident { background: var(--card); border-radius: 8px; padding: 12px 16px; margin: 10px 0; } .incident b { font-size: 16px; }
@@ -137,7 +138,7 @@ def _axis(whole_s: float, scale: float, height: int) -> Iterator[str]:
     steps = (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21_600, 43_200, 86_400, 604_800)
     step = next((size for size in steps if whole_s / size <= 10), steps[-1])
     for place in range(int(whole_s // step) + 1):
-        label = "0" if not place else seconds(place * step).replace(".0 s", " s").replace(" 00 s", "").replace(" 00 min", "")
+        label = f"{place * step} s" if whole_s < 120 else seconds(place * step)
         yield f'<text x="{_LEFT + place * step * scale:.1f}" y="{height - 3}" text-anchor="middle">{label}</text>'
 
 
@@ -155,7 +156,6 @@ def _classes(report: Report) -> Iterator[str]:
 
 
 def _incident(item: Incident) -> str:
-    silent = f"ranks {', '.join(map(str, item.silent))} were killed" if item.silent else "no rank was killed"
     world = (
         f"{item.world_before} → {item.world_after} ranks"
         if item.world_before != item.world_after
@@ -164,8 +164,8 @@ def _incident(item: Incident) -> str:
     lines = [
         f"<div class=incident><p><b>{item.attempt - 1}. {escape(item.kind)} lost, back from {escape(item.rung or 'nothing')}</b> "
         f"in {seconds(item.seconds)}</p>",
-        f"<p class=quiet>{_when(item.time_s)}; {silent} after step {item.reached_step}; back at step {item.restored_step} "
-        f"({item.steps_lost} to do again), {world}</p>",
+        f"<p class=quiet>{_when(item.time_s)}; {item.who} without a word after step {item.reached_step}; back at step "
+        f"{item.restored_step} ({item.steps_lost} to do again), {world}</p>",
         *_phases(item.phases),
         *(f"<p class=quiet>rank {rank}: {escape(why)}</p>" for rank, why in list(item.said.items())[:4]),
         *(f"<p>{escape(note)}</p>" for note in (*item.choice, *item.notes)),

@@ -49,6 +49,12 @@ class Incident:
         return self.reached_step - self.restored_step
 
     @property
+    def who(self) -> str:
+        """Who left no last word: "rank 1 ended", "ranks 1, 2 ended", "no rank ended"."""
+        ranks = ", ".join(map(str, self.silent))
+        return f"rank{'s' if len(self.silent) > 1 else ''} {ranks} ended" if self.silent else "no rank ended"
+
+    @property
     def seconds(self) -> float:
         return sum(self.phases.values())
 
@@ -56,10 +62,9 @@ class Incident:
         return replace(self, phases={**self.phases, "first_step": round(seconds, 4)})
 
     def __str__(self) -> str:
-        who = f"ranks {', '.join(map(str, self.silent))} fell silent" if self.silent else "no rank fell silent"
         return (
-            f"incident before attempt {self.attempt}: {who} after step {self.reached_step}; back at step {self.restored_step} from "
-            f"{self.rung or 'nothing'} in {self.seconds:.2f} s"
+            f"incident before attempt {self.attempt}: {self.who} without a word after step {self.reached_step}; "
+            f"back at step {self.restored_step} from {self.rung or 'nothing'} in {self.seconds:.2f} s"
         )
 
 

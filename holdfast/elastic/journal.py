@@ -4,7 +4,7 @@ Every rank of every attempt (a stretch of training between two starts) appends t
 nothing is ever rewritten. A line is JSON, a tab and the CRC32C of the JSON in hexadecimal. A last line that is cut short is what
 a kill leaves and is passed over; any other damage is an error. The audit, the accounting and the report read nothing else.
 
-    RUN/_holdfast/journal/000002-rank-00001.log
+    RUN/records/journal/000002-rank-00001.log
     {"begin": 1, "attempt": 2, "rank": 1, "world": 4, "step": 1200, …}      once, after restoring
     [1201, 1763725177.12, 0.0008, {"data": [[76800, 64, ""]]}]               every step: when, seconds stalled, samples used
     {"end": 1763725190.4, "step": 1207, "why": "done"}                       unless it was killed
@@ -20,7 +20,9 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from holdfast.coding import crc32c
@@ -199,16 +201,16 @@ def journal_path(place: Path, attempt: int, rank: int) -> Path:
 
 def records_of(checkpoints: str | None, name: str) -> Path:
     """Where a run's records live: with its checkpoints, else in this host's runtime directory until `holdfast down`."""
-    return Path(checkpoints) / "_holdfast" if checkpoints else runtime_dir() / "records" / name
+    return Path(checkpoints) / "records" if checkpoints else runtime_dir() / "records" / name
 
 
 def find_records(run: str) -> Path:
     """The records of a run, given its directory of checkpoints, the directory of the records, or its name on this machine."""
-    for place in (Path(run) / "_holdfast", Path(run), runtime_dir() / "records" / run):
+    for place in (Path(run) / "records", Path(run), runtime_dir() / "records" / run):
         if (place / "journal").is_dir():
             return place
     raise NotACheckpoint(
-        f"{run}: no journal in {Path(run) / '_holdfast'}, nor of a run of that name in {runtime_dir() / 'records'}; name the "
+        f"{run}: no journal in {Path(run) / 'records'}, nor of a run of that name in {runtime_dir() / 'records'}; name the "
         "directory given as checkpoints=, or protect(name=…)"
     )
 
@@ -292,6 +294,19 @@ def last_words(path: Path, *, tail_nbytes: int = 1 << 16) -> LastWords | None:
     step, time_s = (steps[-1][0], steps[-1][1]) if steps else (begins[0]["step"], begins[0]["time_s"])
     end = (ends[-1]["end"], ends[-1]["why"]) if ends else (0.0, "")
     return LastWords(begins[0]["rank"], step, time_s, *end)
+
+
+def pace(place: Path, *, tail_nbytes: int = 1 << 14) -> tuple[float, int]:
+    """Seconds of a step and the newest step of the attempt before, by one rank's last lines; zeros where there are none."""
+    attempt = last_attempt(place)
+    paths = sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
+    words = [word for path in paths if (word := last_words(path, tail_nbytes=1 << 12)) is not None]
+    with paths[0].open("rb") if paths else open(os.devnull, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - tail_nbytes))
+        values = [_sound(line) for line in file.read().split(b"\n")]
+    times = [value[1] for value in values if isinstance(value, list)]
+    step_s = median(later - sooner for sooner, later in pairwise(times)) if len(times) > 1 else 0.0
+    return step_s, max((word.step for word in words), default=0)
 
 
 def _sound(line: bytes) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 from holdfast.elastic import restore
 from holdfast.elastic.chronicle import Chronicle
+from holdfast.elastic.journal import records_of
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -139,7 +140,8 @@ class Run:
         sources = {place.node: own} if place.leads_node else {}
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
-        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        records = records_of(self._settings.checkpoints, self.name)
+        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap, records)
         link = team_link(team, own, env, self._room_needed(team))
         self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
         clock.lap("join")

@@ -122,7 +122,7 @@ def test_an_incident_reads_back_as_it_was_written(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    records = tmp_path / "runs" / "<exp> & co" / "_holdfast"
+    records = tmp_path / "runs" / "<exp> & co" / "records"
     for item in told():
         recorder = Recorder(records, item.begin)
         lines = [[step.step, step.time_s, step.stall_s, {}] for step in item.steps]
@@ -151,7 +151,7 @@ class Checked(HTMLParser):
 
 def test_the_page_shows_every_rank_and_incident_and_loads_nothing(run):
     page = Checked()
-    text = to_html(make_report(str(run), [run / "_holdfast"]))
+    text = to_html(make_report(str(run), [run / "records"]))
     page.feed(text)
     assert page.addresses == []
     assert "script" not in page.bars
