@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import restore
+from holdfast.elastic.chronicle import Chronicle
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
+from holdfast.elastic.journal import records_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
@@ -128,6 +130,7 @@ class Run:
         self._in_place: InPlace | None = None
         self._begun = False
         self._staleness = _Staleness(self.name)
+        self._chronicle: Chronicle | None = None
 
     @property
     def stats(self) -> Stats:
@@ -152,6 +155,9 @@ class Run:
         """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
         if self._in_place is None or not self._in_place.is_due(error):
             return False
+        if self._chronicle is not None:
+            self._chronicle.close(self.step, error or InterruptedError("another rank died"))
+            self._chronicle = None
         self._in_place.recover(error, self._enter_again)
         return True
 
@@ -161,7 +167,7 @@ class Run:
 
     def _enter(self) -> None:
         self._held.close()  # of an attempt that somebody's death has ended
-        started = time.perf_counter()
+        started, entered_s = time.perf_counter(), time.time()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
@@ -178,7 +184,8 @@ class Run:
         sources = {place.node: own} if place.leads_node else {}
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
-        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        records = records_of(self._settings.checkpoints, self.name)
+        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap, records)
         if restored.recovery is None and any(team.all(lambda: self._begun)):
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
         link = team_link(team, own, env, self._room_needed(team))
@@ -196,6 +203,17 @@ class Run:
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
+        self._chronicle = Chronicle.open(
+            team,
+            job=self.name,
+            checkpoints=self._settings.checkpoints,
+            objects=self._tracked.objects,
+            step=self.step,
+            entered_s=entered_s,
+            in_place=self._in_place is not None and restored.recovery is not None,
+            recovery=self.recovery,
+            phases=clock.laps,
+        )
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
@@ -331,6 +349,8 @@ class Run:
         started = time.perf_counter()
         self._begun = True
         self.step += 1
+        if self._chronicle is not None:
+            self._chronicle.step_done(self.step, capturer.stats.stall_s)
         # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
         capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step)
@@ -360,6 +380,8 @@ class Run:
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
+            if self._chronicle is not None:
+                self._chronicle.close(self.step, error)
             self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
