@@ -9,7 +9,7 @@ from holdfast.ckpt.reshard import LocalArray, Part, ReshardPlan, plan_reshard
 from holdfast.ckpt.restore import Restored, RestoredRank, restore
 from holdfast.ckpt.rules import Rule, Rules, load_rules
 from holdfast.ckpt.verify import Damage, VerifyReport
-from holdfast.ckpt.write import begin, commit, write_fragments
+from holdfast.ckpt.write import begin, commit, discard, write_fragments
 
 __all__ = [
     "Checkpoint",
@@ -27,6 +27,7 @@ __all__ = [
     "WritePlan",
     "begin",
     "commit",
+    "discard",
     "is_sound",
     "latest",
     "list_steps",

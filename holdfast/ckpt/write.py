@@ -9,11 +9,12 @@ named crash points, and the tests die at each.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from holdfast.arrays import SMALL_ARRAY_NBYTES, Box, Fragment, check_coverage
@@ -31,7 +32,7 @@ from holdfast.ckpt.steps import COMMIT, FRAGMENTS, JOURNALS, LAYOUT, OBJECTS, bu
 from holdfast.ckpt.storage import REMOTE_THREADS, Place, RemotePath, place
 from holdfast.ckpt.views import copy_box
 from holdfast.ckpt.zarrdoc import array_document, group_document, groups, root_document, to_json
-from holdfast.errors import ConfigError, LayoutMismatch
+from holdfast.errors import ConfigError, HoldfastError, LayoutMismatch
 from holdfast.events import crash_point, emit
 
 logger = logging.getLogger(__name__)
@@ -192,6 +193,17 @@ def commit(
     emit("ckpt.committed", step=plan.step, nbytes=plan.nbytes, inherited_nbytes=_inherited_nbytes(runs), seconds=seconds)
     logger.info("checkpoint of step %d committed: %d arrays, %d bytes, %s", plan.step, len(plan.arrays), plan.nbytes, final)
     return final
+
+
+def discard(directory: str | Place) -> None:
+    """What a failed save left is removed, as far as that is possible; a checkpoint is never touched."""
+    directory = place(directory)
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)  # a save that was committed has been renamed
+        return
+    with suppress(OSError, HoldfastError):
+        if not (directory / COMMIT).exists():
+            directory.remove_tree()
 
 
 def _inherited_nbytes(runs: Iterable[StoredRun]) -> int:

@@ -1,6 +1,6 @@
 """A keeper in a process of its own, without Ray: `python -m holdfast.snapshot.host JOB NODE MEMORY`.
 
-For machines without Ray and for tests. Nobody restarts it when it dies; the next start of the job does.
+For machines without Ray and for tests. When it dies, a trainer of its node starts it again, or the next start of the job does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pathlib import Path
 
 from holdfast.errors import HoldfastError
 from holdfast.events import arm_from_text
+
+DOMAIN = "HOLDFAST_DOMAIN"
+"""Which nodes fail together with this one: the same words on each of them, such as the name of a rack."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -42,11 +45,11 @@ def main(arguments: list[str]) -> int:
     from holdfast.snapshot.keeper import Keeper
 
     try:
-        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped)
+        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped, domain=os.environ.get(DOMAIN, ""))
     except HoldfastError as error:
         logging.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    signal.signal(signal.SIGTERM, lambda *_: keeper.close())
+    signal.signal(signal.SIGTERM, lambda *_: keeper.preempt.told_to_end())
     keeper.wait()
     return 0
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,14 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
     return found
 
 
-def die(death: dict[str, Any], name: str, memory: Path) -> None:
+def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> None:
     """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
+    if death["kind"] == "backward":  # of the next step, while the other ranks wait in its collectives
+        layer = [part for part in model.modules() if isinstance(part, nn.Linear)][1]
+        layer.register_full_backward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return
     if death["kind"] == "node":
         places = [node_memory(memory, name, rank) for rank in death["ranks"]]  # one rank for each node
         for place in places:
@@ -88,7 +93,9 @@ def main() -> None:
     parser.add_argument("--name", default="t")
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
+    parser.add_argument("--in-place", action="store_true", help="`with step:` around the body")
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -130,20 +137,23 @@ def main() -> None:
             redundancy=redundancy,
             name=args.name,
         ) as run:
-            recovery = run.recovery
             marks = args.out / "deaths"
             marks.mkdir(parents=True, exist_ok=True)
             for step in run.steps(until=args.steps):
-                step_body(step)
-                for number, death in enumerate(deaths):
-                    mark = marks / str(number)
-                    ripe = step >= death["step"] and run.committed_step >= death["committed"]
-                    if rank == death["ranks"][0] and ripe and not mark.exists():
-                        mark.touch()
-                        die(death, args.name, memory)
+                with step if args.in_place else nullcontext():
+                    step_body(step)
+                    for number, death in enumerate(deaths):
+                        mark = marks / str(number)
+                        ripe = step >= death["step"] and run.committed_step >= death["committed"]
+                        if rank == death["ranks"][0] and ripe and not mark.exists():
+                            mark.touch()
+                            die(death, args.name, memory, model)
+                if args.keep_up:
+                    wait_for_keepers(run, step)
                 if args.follow_keeper and not _alive(keeper_pid(memory, args.name, run)):
                     os.kill(os.getpid(), signal.SIGKILL)
 
+            recovery = run.recovery
     found = state_of(model, optimizer)
     facts = {"seen": cursor.seen, "lr": scheduler.get_last_lr(), "losses": losses}
     if recovery is not None:
@@ -152,6 +162,16 @@ def main() -> None:
     (args.out / f"facts-{rank}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def wait_for_keepers(run: holdfast.elastic.session.Run, step: int) -> None:
+    """Return once a later step is ordered or this one is committed; snapshots that have stopped for good end the run."""
+    page = run._running().link.page
+    deadline = time.monotonic() + 90
+    while page.target[0] <= step and run.committed_step < step:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"step {step} is done and no further one is ordered; committed is {run.committed_step}")
+        time.sleep(0.01)
 
 
 _pids: dict[str, int] = {}
