@@ -356,10 +356,9 @@ def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> N
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
-    full = {name: torch.randn(shape) for name, shape in shapes(scale)}
-    rows = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in full.items()}
-    columns = {name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(t.dim() - 1)]) for name, t in full.items()}
-    nbytes = nbytes_of(full)
+    rows = {name: distribute_tensor(torch.randn(shape), mesh, [Shard(0)]) for name, shape in shapes(scale)}
+    columns = {name: distribute_tensor(torch.zeros(shape), mesh, [Shard(len(shape) - 1)]) for name, shape in shapes(scale)}
+    nbytes = nbytes_of(rows)
     number = count()
 
     def together(work: Callable[[], object]) -> Callable[[], object]:
@@ -403,8 +402,7 @@ def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> N
             ),
         }
         found.append((case, rounds(readers, n), nbytes))
-    for name, tensor in columns.items():
-        assert torch.equal(tensor.full_tensor(), full[name])
+    assert all(torch.equal(tensor.full_tensor(), rows[name].full_tensor()) for name, tensor in columns.items())
     dist.barrier()
     if rank == 0:
         for place in directory.glob("two-*"):
