@@ -17,6 +17,7 @@ import torch
 
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
+from holdfast.ckpt.storage import Place, place
 from holdfast.elastic.incidents import read_incidents
 from holdfast.elastic.journal import pace
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
@@ -187,7 +188,9 @@ class _Known:
 def _look(checkpoints: str | None, records: Path | None) -> _Known:
     stored: list[int] = []
     problems: list[str] = []
-    for info in reversed(ckpt.list_steps(_directory(checkpoints))) if checkpoints is not None else ():
+    where = None if checkpoints is None else _directory(checkpoints)
+    # A store has no prefix before the first save.
+    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
         if ckpt.is_sound(info):
             stored.append(info.step)
         elif not stored:
@@ -209,15 +212,15 @@ def _prices(records: Path | None) -> Prices:
         return Prices()
 
 
-def _directory(checkpoints: str) -> Path:
+def _directory(checkpoints: str) -> Place:
     """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
-    if "://" in checkpoints:
-        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
-    try:
-        Path(checkpoints).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
-    return Path(checkpoints)
+    where = place(checkpoints)
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return where
 
 
 # -- from memory ---------------------------------------------------------------------------------------------------------
