@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Self
 from weakref import WeakValueDictionary, finalize, ref
@@ -37,6 +38,7 @@ from holdfast.kernels.quant import (
 )
 
 _WEIGHT_OPS = ("linear", "output_head", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "layer_norm", "rms_norm")
+_BY_HEAD = ("matmul", "bmm", "softmax", "scaled_dot_product_attention")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -246,9 +248,10 @@ class Compressor:
         stream = self._stream & 0xFFFFFFFF
         if isinstance(action, RunningSpec):
             kind = (module, op, self._where.next_slot())
-            running = self._running.setdefault(kind, RunningRange(_fitting(action, t.shape[-1])))
-            if dense.numel() % t.shape[-1] == 0 and t.is_contiguous():
-                running_packed = running.quantize(dense.view(-1, t.shape[-1]), seed=self.seed, stream=stream)
+            width = _head_width(t, dense, action.heads, op)
+            running = self._running.setdefault(kind, RunningRange(_fitting(action, width)))
+            if dense.numel() % width == 0:
+                running_packed = running.quantize(dense.view(-1, width), seed=self.seed, stream=stream)
                 return running_packed.nbytes, lambda: dequantize_running(running_packed).view(-1)
             action = INT8  # heads lie elsewhere in memory
         assert isinstance(action, QuantSpec)
@@ -329,12 +332,15 @@ def _relaxed(action: Action, levels: int) -> Action:
     return action
 
 
+def _head_width(t: torch.Tensor, dense: torch.Tensor, heads: int, op: str) -> int:
+    """Elements after which memory starts again with the first head: those of a token, or all heads of a matrix product."""
+    if op in _BY_HEAD and t.ndim >= 3 and (t.is_contiguous() or t.transpose(-1, -2).is_contiguous()):
+        return heads * t.shape[-2] * t.shape[-1]  # (…, heads, rows, columns), or (batch * heads, rows, columns)
+    return t.shape[-1] if t.is_contiguous() else dense.shape[-1]
+
+
 def _fitting(spec: RunningSpec, width: int) -> RunningSpec:
-    return (
-        spec
-        if width % spec.heads == 0
-        else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
-    )
+    return spec if width % spec.heads == 0 else replace(spec, heads=1)
 
 
 class _Where:
@@ -390,7 +396,8 @@ class _Where:
             self.op = "output_head"  # logits from the embedding's own weight, often without a module of their own
         try:
             # Not in a checkpointed region: its recomputation runs outside of this mode and has to save the same tensors.
-            if self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
+            rebuilds = self.op == "scaled_dot_product_attention" and torch.is_grad_enabled()
+            if rebuilds and not checkpoint_is_saving():
                 spec = self._owner.policy.rebuilt_attention(self.module)
                 if spec is not None and self.module not in self._owner.backed_off:
                     return self._rebuilt_attention(spec, *args, **kwargs)
