@@ -45,10 +45,11 @@ from holdfast.kernels import (
     mixed_policy,
     quantize,
 )
-from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, KVSpec, chunked_backward
+from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, GearSpec, KVSpec, chunked_backward
 
 # Mesa replaces the layers of a model, not its loss; its attention is written out as matmul, softmax, matmul.
 MESA = {"attention": None, "keep_losses": True, "keep_heads": True}
+ALONG_CHANNELS = QuantSpec(kind="mxint8", block=32, scale="e8m0", axis=(-1,))
 EXPLICIT = " (explicit attention)"
 POLICIES: dict[str, ActPolicy | None] = {
     "exact": None,
@@ -333,7 +334,10 @@ def chunked(bench: Bench, *, quick: bool) -> None:
         "exact": KVSpec(key=None, value=None),
         "int8": KVSpec(key=INT8, value=INT8),
         "int4, KIVI layout": KVSpec(),
+        "int4, KIVI layout, GEAR": KVSpec(gear=GearSpec()),
         "mxfp8": KVSpec(key=MXFP8, value=MXFP8),
+        "mxint8 along channels": KVSpec(key=ALONG_CHANNELS, value=ALONG_CHANNELS),
+        "mxint8 along channels, sorted": KVSpec(key=ALONG_CHANNELS, value=ALONG_CHANNELS, reorder=True),
     }
     errors: dict[str, list[float]] = {name: [] for name in specs}
     ratios: dict[str, float] = {}

@@ -26,6 +26,7 @@ from holdfast.kernels import (
     dequantize,
     quantize,
 )
+from holdfast.kernels.plan import offload_cost
 from holdfast.kernels.sequences import (
     ChunkContext,
     ChunkKVStore,
@@ -37,7 +38,6 @@ from holdfast.kernels.sequences import (
     solve_budget,
 )
 from holdfast.kernels.sequences.gear import dequantize_gear, quantize_gear
-from holdfast.kernels.sequences.plan import offload_cost
 
 EXACT = KVSpec(key=None, value=None)
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 from weakref import WeakValueDictionary, finalize, ref
 
 import torch
 
 from holdfast.errors import ConfigError
 from holdfast.kernels._torch_private import checkpoint_is_saving, storage_key, without_torch_function
-from holdfast.kernels.activations.host import HostTier
+from holdfast.kernels.activations.host import HostPacked, HostTier, Raw
 from holdfast.kernels.activations.images import Dims, Images, Part, region_of
-from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, parse_bytes
+from holdfast.kernels.activations.policy import KEEP, OFFLOAD, Action, ActPolicy, parse_bytes
 from holdfast.kernels.activations.provenance import model_storages
 from holdfast.kernels.activations.stats import Report, Stats
 from holdfast.kernels.activations.where import Saved, Where, WhereMode
@@ -28,6 +29,7 @@ from holdfast.kernels.quant import (
     INT8,
     MASK1,
     Backend,
+    Packed,
     QuantSpec,
     RunningRange,
     RunningSpec,
@@ -119,7 +121,7 @@ class Compressor:
         self.skipped_in_checkpoint = 0
         self._check_inplace, self._sample, self._max_error = check_inplace, sample, max_error
         self._min_bytes = parse_bytes(policy.min_bytes)
-        self._host = HostTier() if offload == "cpu" else None
+        self._offloads, self._host = offload == "cpu", HostTier()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._actions: dict[tuple[str, str], Action] = {}
         self._blamed: dict[str, list[torch.Tensor]] = {}
@@ -247,7 +249,7 @@ class Compressor:
             self.stats.aliases += 1
             return _Packed(self, part, t)
         sizes, strides = zip(*region, strict=True)
-        dense = t.as_strided(sizes, strides, t.storage_offset()).contiguous()
+        dense = t.detach().as_strided(sizes, strides, t.storage_offset()).contiguous()
         payload, restore = self._pack_dense(t, dense, action, module, op)
         part = image.add(int(t.storage_offset()), region, restore, module)
         tally = self._count(part, module, op, dense.nbytes, payload)
@@ -270,15 +272,27 @@ class Compressor:
                 running_packed = running.quantize(dense.view(-1, width), seed=self.seed, stream=stream)
                 return running_packed.nbytes, lambda: dequantize_running(running_packed).view(-1)
             action = INT8  # heads lie elsewhere in memory
+        if action == OFFLOAD:
+            raw = self._put(Raw(dense.view(-1)))
+            return raw.nbytes, partial(self._from_host, raw, raw.packed, dense._version)
         assert isinstance(action, QuantSpec)
         if action.axis is not None:
             raise ConfigError(f"activations are packed in memory order: use a spec without axis; got {action}")
         packed = quantize(dense.view(-1), action, seed=self.seed, stream=stream, backend=self.backend)
-        if self._host is None:
+        if not self._offloads:
             return packed.nbytes, lambda: dequantize(packed, backend=self.backend)
-        host, item = self._host, self._host.put(packed)
-        self.stats.on_host += item.nbytes
-        return item.nbytes, lambda: dequantize(host.fetch(item), backend=self.backend)
+        item = self._put(packed)
+        return item.nbytes, lambda: dequantize(cast("Packed", self._host.fetch(item)), backend=self.backend)
+
+    def _from_host(self, item: HostPacked, put: Packed | Raw, version: int) -> torch.Tensor:
+        values = cast("Raw", self._host.fetch(item)).values
+        if self._check_inplace and put is item.packed and values._version != version:  # on the CPU it is still the original
+            raise _changed_in_place(values, version)
+        return values.clone()
+
+    def _put(self, value: Packed | Raw) -> HostPacked:
+        self.stats.on_host += value.nbytes
+        return self._host.put(value)
 
     def _count(self, holder: Any, module: str, op: str, before: int, after: int) -> Any:
         finalize(holder, self.stats.released, after)

@@ -142,5 +142,7 @@ class ChunkKVStore:
             return dequantize_gear(x)
         if isinstance(x, HostPacked):
             assert self._host is not None
-            x = self._host.fetch(x)
+            fetched = self._host.fetch(x)
+            assert isinstance(fetched, Packed)  # nothing else was put there
+            x = fetched
         return dequantize(x, backend=self._backend)
