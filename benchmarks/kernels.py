@@ -543,6 +543,15 @@ def longest_sequence(bench: Bench, *, quick: bool) -> None:
 PARTS = {"bytes": bytes_and_errors, "chunks": chunked, "loss": loss_curves}
 
 
+GPU_ROWS = (
+    ("bandwidth", "quantize vs copy", "ratio"),
+    ("bandwidth", "dequantize vs copy", "ratio"),
+    ("llama stack", "step vs plain", "ratio"),
+    ("llama stack", "peak above weights", "GiB"),
+    ("longest sequence", "tokens in 40 GiB", "tokens"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of progress alone")
@@ -553,8 +562,8 @@ def main() -> None:
     options = parser.parse_args()
     bench, start = Bench(options.save), time.perf_counter()
     if options.gpu and not torch.cuda.is_available():
-        for case in ("bandwidth", "llama stack", "longest sequence"):
-            bench.absent(case, "holdfast", "", "", "unmeasured: no CUDA device here")
+        for case, metric, unit in GPU_ROWS:
+            bench.absent(case, "int8", metric, unit, "unmeasured: no CUDA device here")
     elif options.gpu:
         for part in (bandwidth, block_stack, longest_sequence):
             part(bench, quick=options.quick)
