@@ -274,7 +274,7 @@ class Compressor:
             action = INT8  # heads lie elsewhere in memory
         if action == OFFLOAD:
             raw = self._put(Raw(dense.view(-1)))
-            return raw.nbytes, partial(self._from_host, raw, raw.packed, dense._version)
+            return raw.nbytes, partial(self._from_host, raw, dense._version)
         assert isinstance(action, QuantSpec)
         if action.axis is not None:
             raise ConfigError(f"activations are packed in memory order: use a spec without axis; got {action}")
@@ -284,9 +284,10 @@ class Compressor:
         item = self._put(packed)
         return item.nbytes, lambda: dequantize(cast("Packed", self._host.fetch(item)), backend=self.backend)
 
-    def _from_host(self, item: HostPacked, put: Packed | Raw, version: int) -> torch.Tensor:
+    def _from_host(self, item: HostPacked, version: int) -> torch.Tensor:
         values = cast("Raw", self._host.fetch(item)).values
-        if self._check_inplace and put is item.packed and values._version != version:  # on the CPU it is still the original
+        is_original = item.home.type != "cuda"  # it lay in host memory already
+        if self._check_inplace and is_original and values._version != version:
             raise _changed_in_place(values, version)
         return values.clone()
 

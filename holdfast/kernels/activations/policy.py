@@ -39,8 +39,9 @@ class ActPolicy:
     gradient error of a small GPT). `scaled_dot_product_attention` is replaced by `compressed_sdpa`, which stores q, k, v by
     `attention` and rebuilds logsumexp and out from what it stored: backward then runs one more attention forward, and the
     gradient error of a small trained GPT falls by a third (benchmarks/results/kernels.json), more where logits are larger. A
-    rule that matches attention decides its bits, or keeps it exact. With `attention=None` the rules and `default` decide about q, k, v and out
-    too, never below 8 bits: beside an exact logsumexp, backward's row sums grow exponentially with the error of the logits.
+    rule that matches attention decides its bits, or keeps it exact. With `attention=None` the rules and `default` decide about
+    q, k, v and out too, never below 8 bits: beside an exact logsumexp, backward's row sums grow exponentially with the error of
+    the logits.
 
     Tensors below `min_bytes` stay exact.
     """
