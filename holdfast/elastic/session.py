@@ -20,6 +20,7 @@ from typing import Any, Self
 from holdfast.elastic import restore
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
+from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
 from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
 from holdfast.events import arm_from_text, emit
@@ -107,6 +108,7 @@ class Run:
         self._capturer: Capturer | None = None
         self._hooks: list[Any] = []
         self._staleness = _Staleness(self.name)
+        self._witness: Witness | None = None
 
     @property
     def stats(self) -> Stats:
@@ -142,6 +144,9 @@ class Run:
         self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
         clock.lap("join")
         self._start(link, team.rank, restored)
+        self._witness = Witness.summoned(os.environ, team.rank)
+        if self._witness is not None:
+            self._witness.started(self.step, restored.recovery.rung if restored.recovery else None, self._tracked)
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
@@ -256,6 +261,8 @@ class Run:
         capturer = self._running()
         started = time.perf_counter()
         self.step += 1
+        if self._witness is not None:
+            self._witness.completed(self.step, self._tracked)
         capturer.step_done(self.step)
         self._staleness.look(capturer.link.page["committed"], self.step)
         capturer.stats.stall_s += time.perf_counter() - started
@@ -276,6 +283,8 @@ class Run:
         try:
             capturer.settle()
             if kind is None:
+                if self._witness is not None:
+                    self._witness.ended(self.step)
                 self._finish(capturer)
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
