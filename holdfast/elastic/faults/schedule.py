@@ -262,14 +262,14 @@ def _plan_of(found: Mapping[str, Any], overrides: Mapping[str, Any]) -> Plan:
     base = Job(**_known(Job, found.get("job", {}), "[job]"))
     schedules = [_schedule_of(entry, base, overrides) for entry in found.get("schedule", [])]
     for entry in found.get("sweep", []):
-        schedules += _sweep_of(entry, replace(base, **_known(Job, entry.get("job", {}), "[[sweep]]") | overrides))
+        schedules += _sweep_of(entry, replace(base, **_known(Job, entry.get("job", {}), "[[sweep]]") | dict(overrides)))
     return Plan(tuple(schedules))
 
 
 def _schedule_of(entry: Mapping[str, Any], base: Job, overrides: Mapping[str, Any]) -> Schedule:
     named = _known(Schedule, {k: v for k, v in entry.items() if k not in ("fault", "job")}, "[[schedule]]")
     where = f"schedule {named.get('name')!r}"
-    job = replace(base, **_known(Job, entry.get("job", {}), where) | overrides)
+    job = replace(base, **_known(Job, entry.get("job", {}), where) | dict(overrides))
     faults = tuple(Fault(**_known(Fault, fault, where)) for fault in entry.get("fault", []))
     return Schedule(**named, job=job, faults=faults)
 

@@ -39,7 +39,9 @@ def rehearse(plan: Plan, *, keep: Path | None = None, say: Say = lambda text: No
     outcomes: list[Outcome] = []
     for number, schedule in enumerate(plan.schedules):
         outcomes.append(_rehearse_one(schedule, known, _kept(keep, f"{number:03d}"), say))
-        say(f"[{number + 1}/{len(plan.schedules)}] {schedule.name}: {outcomes[-1].verdict.value} ({outcomes[-1].seconds:.1f} s)")
+        say(
+            f"[{number + 1}/{len(plan.schedules)}] {schedule.name}: {outcomes[-1].verdict.value} ({outcomes[-1].seconds:.1f} s)"
+        )
     return outcomes
 
 
@@ -51,9 +53,7 @@ def _rehearse_one(schedule: Schedule, known: dict[str, Testimony], keep: Path | 
         with _room(schedule.job) as memory, _place(keep) as place:
             run = Run(schedule.job, place, memory)
             code, missed = run.play(schedule.faults)
-            verdict, detail = judge(
-                run.testimony(), reference, code=code, log=run.log(), missed=missed, expect=schedule.expect
-            )
+            verdict, detail = judge(run.testimony(), reference, code=code, log=run.log(), missed=missed, expect=schedule.expect)
             restores = run.testimony().restores
     except _CannotMount as error:
         return Outcome(schedule.name, faults, Verdict.SKIPPED, str(error), seconds=time.monotonic() - started)
@@ -72,7 +72,9 @@ def _reference(job: Job, known: dict[str, Testimony], say: Say) -> Testimony | N
             run = Run(job, place, memory, restarts=0)
             code, _ = run.play(())
             if code != 0:
-                raise ConfigError(f"the undisturbed run ended with {code}, so nothing can be compared with it:\n{run.log()[-2000:]}")
+                raise ConfigError(
+                    f"the undisturbed run ended with {code}, so nothing can be compared with it:\n{run.log()[-2000:]}"
+                )
             known[key] = run.testimony()
         if not known[key].ends:
             raise ConfigError("the undisturbed run never entered holdfast.protect, so nothing of it can be rehearsed")

@@ -111,7 +111,9 @@ def falsehoods(seen: Testimony, reference: Testimony | None) -> list[str]:
         rank, step = start["rank"], start["step"]
         if start["digest"] + start["rng"] not in seen.exact.get((rank, step), frozenset()):
             found.append(f"rank {rank} went on from a state at step {step} (from {start['rung']}) that it never was in")
-    found += [f"ranks of one start went on from different steps {sorted(steps)}" for steps in together.values() if len(steps) > 1]
+    found += [
+        f"ranks of one start went on from different steps {sorted(steps)}" for steps in together.values() if len(steps) > 1
+    ]
     for (rank, step), digests in sorted(seen.steps.items()):
         wrong = digests - reference.steps.get((rank, step), digests) if reference else frozenset()
         if wrong:
