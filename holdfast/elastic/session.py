@@ -17,7 +17,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from holdfast.elastic import restore
+from holdfast.elastic import guards, restore
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
@@ -47,6 +47,7 @@ class Settings:
     checkpoint_every: int
     name: str | None
     memory_dir: str | None
+    on_nan: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Run:
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
         self._hooks: list[Any] = []
-        self._staleness = _Staleness(self.name)
+        self._staleness = guards.Staleness(self.name)
         self._witness: Witness | None = None
 
     @property
@@ -237,6 +238,7 @@ class Run:
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
         link.page["completed"] = self.step
+        guards.watch_parameters(link, self._tracked, self._settings.on_nan)
         self._capturer = Capturer(self._tracked, link, rank)
         for optimizer in self._tracked.optimizers.values():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
@@ -264,8 +266,10 @@ class Run:
         if self._witness is not None:
             self._witness.completed(self.step, self._tracked)
         capturer.step_done(self.step)
-        self._staleness.look(capturer.link.page["committed"], self.step)
+        self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
+        guards.refuse_poison(capturer.link.page, self.step)
         capturer.stats.stall_s += time.perf_counter() - started
+        guards.tell(capturer.link.page, capturer.stats)
 
     def _fence(self) -> None:
         if self._capturer is not None:
@@ -327,30 +331,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
-
-
-class _Staleness:
-    """Says so, once a minute, when snapshots have stopped being committed; a gap nobody hears of costs the most."""
-
-    STEPS, SECONDS = 20, 60.0
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._committed, self._since = 0, time.monotonic()
-
-    def look(self, committed: int, step: int) -> None:
-        now = time.monotonic()
-        if committed != self._committed:
-            self._committed, self._since = committed, now
-        elif step - committed > self.STEPS and now - self._since > self.SECONDS:
-            logger.warning(
-                "%s: no snapshot has been committed since step %d, now at %d; see `holdfast status` and the keepers' logs",
-                self._name,
-                committed,
-                step,
-            )
-            emit("snapshot.stale", job=self._name, committed=committed, step=step)
-            self._since = now
 
 
 def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 
+from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
 from holdfast.snapshot.host import LOG_FORMAT, arm_faults, lower_priority
 
@@ -33,7 +34,7 @@ class KeeperActor:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         lower_priority()
         arm_faults(node)
-        self._keeper = Keeper(job, node, Path(memory), bind=bind)
+        self._keeper = Keeper(job, node, Path(memory), bind=bind, watch_every_s=watch_every_s())
         threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
 
     def ready(self) -> int:

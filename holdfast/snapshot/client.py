@@ -107,8 +107,8 @@ class Link:
     def finishing(self, step: int, keep: bool) -> None:
         self._connection.ask("finishing", rank=self.rank, step=step, keep=keep)
 
-    def ask(self, verb: str, **fields: Any) -> Any:
-        return self._connection.ask(verb, **fields)
+    def ask(self, verb: str, payload: bytes = b"", **fields: Any) -> Any:
+        return self._connection.ask(verb, payload, **fields)
 
     def close(self) -> None:
         for body in self._bodies.values():

@@ -127,7 +127,7 @@ def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReade
     layout, size = group.layout, group.block_nbytes
     stripe = group.position(node)
     owners = layout.parity_owners(stripe)
-    sources = [(_bytes_of(group, place, readers), _wanted(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
+    sources = [(_bytes_of(group, place, readers), fragment_of(group, place, stripe)[1]) for place in layout.data_nodes(stripe)]
     code = ErasureCode(layout.k, group.parity)
     scratch = [buffer.data for buffer in staggered(layout.k + group.parity, min(PIECE_NBYTES, size))]
     for offset in range(0, size, PIECE_NBYTES):
@@ -163,10 +163,10 @@ def rebuild_blocks(
     code = ErasureCode(layout.k, group.parity)
     scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
     for stripe in range(layout.stripes):
-        column, base, kind = _wanted(group, place, stripe)
+        column, base, kind = fragment_of(group, place, stripe)
         if kind == "parity" and not parity_too:
             continue
-        sources = _sources(group, stripe, place, readers, with_data, with_parity)
+        sources = fragments_of(group, stripe, place, readers, with_data, with_parity)
         if len(sources) < layout.k:
             raise MissingData(
                 f"step {group.step}: stripe {stripe} has {len(sources)} of the {layout.k} blocks that rebuilding needs"
@@ -181,7 +181,7 @@ def rebuild_blocks(
             store(kind, base + offset, out)
 
 
-def _wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:
+def fragment_of(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:
     """Which fragment of the stripe this position holds: (code index, offset in its bytes, kind)."""
     layout = group.layout
     column, block = layout.column(place, stripe), layout.block(place, stripe)
@@ -194,7 +194,7 @@ def _wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]
 Read = Callable[[int, int, memoryview], memoryview]
 
 
-def _sources(
+def fragments_of(
     group: GroupRecord,
     stripe: int,
     without: int,
@@ -209,7 +209,7 @@ def _sources(
         node = group.records[place].node
         if place == without or node not in readers:
             continue
-        index, base, kind = _wanted(group, place, stripe)
+        index, base, kind = fragment_of(group, place, stripe)
         if kind == "node" and node in with_data:
             found[index] = _node_piece(_bytes_of(group, place, readers), base)
         elif kind == "parity" and node in with_parity:

@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
+from holdfast.environment import watch_every_s
 from holdfast.errors import HoldfastError
 from holdfast.events import arm_from_text
 
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
     from holdfast.snapshot.keeper import Keeper
 
     try:
-        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped)
+        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped, watch_every_s=watch_every_s())
     except HoldfastError as error:
         logging.error("%s: %s", type(error).__name__, error)
         return error.exit_code

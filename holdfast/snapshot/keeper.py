@@ -38,7 +38,7 @@ from holdfast.errors import (
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
 from holdfast.snapshot.birth import SOCKET, advertised, host_identity, is_alive, listen, only_one, write_endpoint
-from holdfast.snapshot.control import ControlPage
+from holdfast.snapshot.control import COUNTS, ControlPage
 from holdfast.snapshot.coordinator import (
     Acknowledged,
     Action,
@@ -64,9 +64,11 @@ from holdfast.snapshot.exchange import (
     slot_name,
 )
 from holdfast.snapshot.outbox import Outbox
+from holdfast.snapshot.poison import PoisonGuard
 from holdfast.snapshot.slots import Meta, SlotState, aligned
 from holdfast.snapshot.store import META_ROOM, NodeSlots, group_of, rank_record
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, View, effective_parity
+from holdfast.snapshot.watch import Watch
 from holdfast.snapshot.wire import Connection, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ logger = logging.getLogger(__name__)
 class Keeper:
     """Serves one node of one job from the moment it is built until `close`. Raises ConfigError when one is alive already."""
 
-    def __init__(self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True) -> None:
+    def __init__(
+        self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True, watch_every_s: float = 0.0
+    ) -> None:
         self.job, self.node, self.memory = job, node, memory
         self.epoch = 0
         self.view: View | None = None
@@ -100,9 +104,11 @@ class Keeper:
         self._guard = only_one(memory)
         self.slots = NodeSlots(job, node, memory)
         self._lock = self.slots.lock
+        self.poison = PoisonGuard(job)
         self.token = secrets.token_hex(16)
         listeners, port = listen(memory / SOCKET, bind)
         self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), ())
+        self.watch = Watch(self, watch_every_s)
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
         threading.Thread(target=self._work, name="holdfast-worker", daemon=True).start()
         write_endpoint(memory, self.member)
@@ -136,6 +142,16 @@ class Keeper:
             slots = [asdict(slot.header) for slot in self.slots.values() if slot.header.rank >= 0]
             groups = [group.to_json() for slot in self.slots.values() if (group := group_of(slot)) is not None]
         return {"node": self.node, "epoch": self.epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
+
+    def verb_health(self) -> Header:
+        """How this node is, asked by its peers."""
+        return asdict(self.watch.health())
+
+    def verb_guard(self, rank: int, policy: str, payload: memoryview) -> Header:
+        """Look at these parameters of `rank` for NaN and infinity from now on, and do what the policy says."""
+        self.poison.watch(rank, policy, json.loads(bytes(payload)))
+        self.controls[rank]["poisoned"] = 0
+        return {}
 
     def verb_attach(self, rank: int, pid: int, launch: str, body_nbytes: int, connection: int) -> Header:
         """Make room for two snapshots of `rank`, and remember its trainer. A committed slot is left alone."""
@@ -346,7 +362,7 @@ class Keeper:
         record = GroupRecord.from_json(group)
         members = [Member.from_json(member) for member in survivors]
         started = time.perf_counter()
-        readers = {member.node: self._reader(member) for member in members}
+        readers = {member.node: self.reader(member) for member in members}
         nbytes = self.slots.rebuild(record, lost, readers, frozenset(with_data), frozenset(with_parity))
         seconds = time.perf_counter() - started
         logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
@@ -366,7 +382,10 @@ class Keeper:
             "checkpoint_step": max((page["checkpoint"] for page in self.controls.values()), default=0),
             "ranks": {str(rank): trainer["pid"] for rank, trainer in self._trainers.items()},
             "given_up": self._coordinator.given_up if self._coordinator else None,
-            "survivable_losses": self._survivable_losses(max(committed, default=0)),
+            "world": self.view.world if self.view else 0,
+            "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.controls.items()},
+            "refused": self.poison.refused,
+            **self.watch.status(),
         }
 
     def verb_shutdown(self) -> None:
@@ -398,6 +417,9 @@ class Keeper:
         slot, table = self.slots[slot_name(rank, index)], self._tables[rank][1]
         crash_point("snapshot.filled")
         body = slot.body
+        if not self.poison.allows(rank, step, table, body):
+            self._refuse_poison(rank, step, number)
+            return
         meta = Meta(table.with_crcs([crc32c(body[row.slot_offset : row.slot_offset + row.nbytes]) for row in table]), objects)
         data = meta.to_bytes()
         start = aligned(payload_nbytes)
@@ -416,6 +438,13 @@ class Keeper:
         )
         crash_point("snapshot.verified")
         self._publish(step, index, number)
+
+    def _refuse_poison(self, rank: int, step: int, number: int) -> None:
+        """Keep the last clean snapshot instead of this one, and have the trainers of the node step back where the user wants it."""
+        if self.poison.policy == "step_back":
+            for local in self._local_ranks():
+                self.controls[local]["poisoned"] = step
+        self._tell_coordinator(GivenUp(self.node, step, self._progress(), "poisoned", number))
 
     def _publish(self, step: int, index: int, number: int) -> None:
         """Tell the group, once all ranks here are verified."""
@@ -436,7 +465,7 @@ class Keeper:
         rows = self._prepare_parity(step, index, number, group.block_nbytes)
         if rows is None:
             return
-        readers = {member.node: self._reader(member) for member in self._view().members if member.node in self._group_nodes()}
+        readers = {member.node: self.reader(member) for member in self._view().members if member.node in self._group_nodes()}
         own = self.slots[parity_name(index)].body[: group.block_nbytes]
         peers: dict[int, Connection] = {}
         try:
@@ -592,7 +621,7 @@ class Keeper:
         for member in self._view().members:
             self._post(member.node, verb, **fields)
 
-    def _reader(self, member: Member) -> SlotReader:
+    def reader(self, member: Member) -> SlotReader:
         return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
 
     def _node_record(self, step: int, index: int) -> NodeRecord | None:
@@ -608,11 +637,6 @@ class Keeper:
         records = tuple(self._groups[number][node] for node in nodes)
         epoch = max(slot.header.epoch for slot in self.slots.of_step(step, index) if slot.header.rank >= 0)
         return GroupRecord(epoch, step, index, view.world, effective_parity(view.parity, len(nodes)), records)
-
-    def _survivable_losses(self, step: int) -> int:
-        if self.view is None or not step:
-            return 0
-        return effective_parity(self.view.parity, len(self._group_nodes()))
 
     def _refuse_second_run(self, rank: int, launch: str) -> None:
         known = self._trainers.get(rank)
@@ -633,6 +657,7 @@ class Keeper:
         if self._closed.is_set():
             return
         self._closed.set()
+        self.watch.close()
         self._jobs.put(lambda: None)
         for outbox in self._outboxes.values():
             outbox.close(drain=True)
