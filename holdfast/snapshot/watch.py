@@ -98,7 +98,11 @@ class Watch:
 
     def status(self) -> dict[str, Any]:
         """For `holdfast status`: times are seconds since the epoch."""
+        view = self._keeper.view
+        group = view.group_of(self._keeper.node) if view is not None else ()
         return {
+            "group": list(group),
+            "parity": effective_parity(view.parity, len(group)) if view is not None else 0,
             "survivable_losses": self.survivable_losses(),
             "last_scrub": self._last_scrub,
             "last_drill": self._last_drill,
