@@ -57,6 +57,21 @@ def emit(name: str, **fields: Any) -> None:
                 _callbacks.remove(callback)
 
 
+def to_tensorboard(writer: Any) -> Callback:
+    """A callback for `subscribe` that draws every number of every event with a torch SummaryWriter, by step where there is one.
+
+    `holdfast.subscribe(holdfast.events.to_tensorboard(SummaryWriter("runs/exp1")))`
+    """
+
+    def draw(event: Event) -> None:
+        step = event.fields.get("step")
+        for name, value in event.fields.items():
+            if name != "step" and isinstance(value, int | float):
+                writer.add_scalar(f"holdfast/{event.name}/{name}", value, step, walltime=event.time_s)
+
+    return draw
+
+
 # -- crash points ------------------------------------------------------------------------------------------------------
 
 _armed: Callable[[str], None] | None = None

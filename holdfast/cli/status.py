@@ -24,6 +24,9 @@ NOBODY = "no run has keepers on this machine"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="one run; all of this machine's by default")
     parser.add_argument("--watch", action="store_true", help="show it anew every second")
+    parser.add_argument(
+        "--prometheus", action="store_true", help="print gauges in Prometheus' text form, for a textfile collector"
+    )
     add_json(parser)
 
 
@@ -33,7 +36,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     if not arguments.watch:
         jobs = look()
-        if arguments.json:
+        if arguments.prometheus:
+            print("\n".join(prometheus(jobs, time.time())))
+        elif arguments.json:
             print_json({"runs": jobs})
         elif jobs:
             print("\n\n".join(text_of(job, time.time()) for job in jobs))
@@ -152,3 +157,37 @@ def _duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# -- gauges ----------------------------------------------------------------------------------------------------------------
+
+
+def prometheus(jobs: list[JobStatus], now_s: float) -> list[str]:
+    """Every number as a gauge, labelled with its run and, where it is a keeper's, its node."""
+    lines = []
+    for job in jobs:
+        run = {"run": job.name}
+        words = ("step", "committed_step", "checkpoint_step", "survivable_losses", "epoch", "world")
+        lines += [_gauge(word, run, getattr(job, word)) for word in words]
+        for node in job.nodes:
+            lines += [_gauge(name, {**run, "node": str(node.node)}, value) for name, value in _numbers(node, now_s).items()]
+    return lines
+
+
+def _numbers(node: NodeStatus, now_s: float) -> dict[str, float]:
+    if not node.alive:
+        return {"keeper_up": 0}
+    found: dict[str, float] = {"keeper_up": 1, "memory_bytes": node.nbytes, "stall_seconds": node.stall_s}
+    found |= {f"snapshots_{word}": getattr(node, word) for word in ("captured", "skipped", "dropped", "failed", "refused")}
+    found["damaged_slots"] = node.damaged
+    if node.committed_age_s is not None:
+        found["committed_age_seconds"] = node.committed_age_s
+    if node.last_scrub is not None:
+        found |= {"scrub_age_seconds": now_s - node.last_scrub["time_s"], "scrub_rotten": node.last_scrub["rotten"]}
+    if node.last_drill is not None:
+        found |= {"drill_age_seconds": now_s - node.last_drill["time_s"], "drill_agrees": float(node.last_drill["agrees"])}
+    return found
+
+
+def _gauge(name: str, labels: dict[str, str], value: float) -> str:
+    return f"holdfast_{name}{{{','.join(f'{key}={json.dumps(text)}' for key, text in labels.items())}}} {value:g}"

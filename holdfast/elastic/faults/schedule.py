@@ -178,7 +178,7 @@ class Job:
     keepers: str = "process"
     transport: str = "mapped"
     restarts: int = 4
-    timeout_s: float = 120.0
+    timeout_s: float = 180.0
     pace_s: float = 0.03
     room_mib: int | None = None
     script: str | None = None
