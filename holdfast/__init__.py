@@ -5,6 +5,7 @@ Importing this package starts no thread and loads neither torch nor Ray; what a 
 
 from holdfast.errors import (
     CallerError,
+    CheckpointFailed,
     ClusterError,
     ConfigError,
     CorruptData,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CallerError",
+    "CheckpointFailed",
     "ClusterError",
     "ConfigError",
     "CorruptData",

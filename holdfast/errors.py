@@ -69,6 +69,10 @@ class CorruptData(StorageError):
     exit_code = 5
 
 
+class CheckpointFailed(StorageError):
+    """A run ended well and its last step could not be written; it is kept in memory, and nowhere else."""
+
+
 # -- the cluster can act -----------------------------------------------------------------------------------------------
 
 

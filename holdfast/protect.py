@@ -22,6 +22,7 @@ def protect(
     name: str | None = None,
     memory_dir: str | None = None,
     on_nan: str = "refuse",
+    grace_s: float = 20.0,
 ) -> Run:
     """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
 
@@ -36,6 +37,8 @@ def protect(
     memory_dir: where slots live, /dev/shm by default.
     on_nan: what becomes of a snapshot whose parameters hold NaN or infinity: "refuse" keeps the last clean one in its stead,
         "step_back" does that and raises PoisonedState, so that a restart goes on from there, "warn" commits it with a word.
+    grace_s: seconds in which, after SIGTERM, the newest committed snapshot may become a checkpoint; 0 ends at once. Trainers wait
+        for it, unless another one has died and the launcher is only starting the run again.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
@@ -51,6 +54,7 @@ def protect(
         name=name,
         memory_dir=memory_dir,
         on_nan=_policy(on_nan),
+        grace_s=_seconds("grace_s", grace_s),
     )
     return Run(state, settings)
 
@@ -69,3 +73,9 @@ def _policy(value: str) -> str:
     if value not in POLICIES:
         raise ConfigError(f"on_nan takes one of {', '.join(map(repr, POLICIES))}; got {value!r}")
     return value
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 86400:
+        raise ConfigError(f"{name} takes a number of seconds from 0 up to a day; got {value!r}")
+    return float(value)

@@ -5,7 +5,6 @@ All of it is a few words read from and written to the control page, so a step pa
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import deque
 from statistics import median
@@ -72,7 +71,7 @@ def watch_parameters(link: Link, state: TrackedState, policy: str) -> None:
     if left:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         logger.warning("rank %d: %s%s is not finite from the start, and is not watched for NaN", link.rank, left[0], more)
-    link.ask("guard", payload=json.dumps(finite).encode(), rank=link.rank, policy=policy)
+    link.guard(policy, finite)
 
 
 def _all_finite(tensor: torch.Tensor) -> bool:

@@ -20,7 +20,8 @@ from holdfast.arrays import FragmentTable
 from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, SnapshotLost
 from holdfast.snapshot.client import connect
-from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotSource, Survey, plan_restore, stored_name
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
+from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,15 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity."""
+    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity. `checkpoint` is the
+    newest step that is a checkpoint, or 0."""
 
     step: int = 0
     index: int = 1
     protected: bool = True
     in_memory: bool = False
     recovery: Recovery | None = None
+    checkpoint: int = 0
 
 
 def newest(
@@ -82,8 +85,8 @@ def newest(
         outcomes = _from_memory(state, team, plan, surveys, sources, host, lap)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
-            _raise_first(outcomes)
-            return _restored_from(plan, surveys, team, notes)
+            raise_first(outcomes)
+            return replace(_restored_from(plan, surveys, team, notes), checkpoint=stored or 0)
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
@@ -92,7 +95,8 @@ def newest(
         assert checkpoints is not None
         team.all(lambda: _from_checkpoint(state, team.rank, checkpoints, stored))
         lap("load")
-        return Restored(step=stored, recovery=Recovery("checkpoint", "universal checkpoint", stored, notes=tuple(notes)))
+        recovery = Recovery("checkpoint", "universal checkpoint", stored, notes=tuple(notes))
+        return Restored(step=stored, recovery=recovery, checkpoint=stored)
     if notes:
         raise SnapshotLost(
             f"snapshots exist and none can be restored: {'; '.join(notes)}. There is no checkpoint to fall back to. Bring a lost "
@@ -157,10 +161,16 @@ def _from_memory(
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
                 fields = {"group": item.group.to_json(), "lost": item.lost}
                 whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                for node, names in answer.get("damaged", {}).items():
+                    raise DamagedSlot(
+                        int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
+                    )
 
-    team.all(rebuild)
+    rebuilt = team.attempt(rebuild)
     lap("rebuild")
+    if any(outcome.error for outcome in rebuilt):
+        return rebuilt
     tables, objects = _tables(team, plan, sources)
 
     def load() -> None:
@@ -210,7 +220,8 @@ def _restored_from(plan: RestorePlan, surveys: list[Survey], team: Team, notes: 
     return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
 
 
-def _raise_first(outcomes: list[Outcome]) -> None:
+def raise_first(outcomes: list[Outcome]) -> None:
+    """Raise for the first rank whose part failed, on all ranks alike."""
     for rank, outcome in enumerate(outcomes):
         if outcome.error:
             raise ClusterError(f"rank {rank} could not restore: {outcome.error}: {outcome.message}")

@@ -13,25 +13,39 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import guards, restore
-from holdfast.elastic.restore import Recovery, Restored, ask_once
+from holdfast.elastic.preemption import Preemption
+from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
-from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
+from holdfast.errors import (
+    CheckpointFailed,
+    ClusterError,
+    ConfigError,
+    HoldfastError,
+    KeeperUnreachable,
+    LayoutMismatch,
+    StaleEpoch,
+    StateError,
+)
 from holdfast.events import arm_from_text, emit
 from holdfast.redundancy import Redundancy
 from holdfast.snapshot.capture import Capturer, Stats, plan_capture
-from holdfast.snapshot.client import Endpoint, Link, connect
-from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory
+from holdfast.snapshot.client import Endpoint, Link
+from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, revive_keeper
+from holdfast.snapshot.lifeline import Lifeline
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.view import Member, View, effective_parity
 
 logger = logging.getLogger(__name__)
+
+JOIN_TRIES = 5
 
 LEAVING_TIMEOUT_S = 1800.0
 """How long leaving waits for the last step to be committed and written before it says so and goes."""
@@ -48,6 +62,7 @@ class Settings:
     name: str | None
     memory_dir: str | None
     on_nan: str
+    grace_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +122,8 @@ class Run:
         self.step = 0
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
+        self._lifeline: Lifeline | None = None
+        self._preemption: Preemption | None = None
         self._hooks: list[Any] = []
         self._staleness = guards.Staleness(self.name)
         self._witness: Witness | None = None
@@ -133,8 +150,8 @@ class Run:
         place = self._find_place(team, env, memory)
         clock.lap("agree")
         nodes = [*place.nodes_here, *place.guests]
-        starting = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
-        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)  # type: ignore[arg-type]
+        starting: dict[str, Any] = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
+        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)
         own = node_memory(memory, self.name, place.node)
         clock.lap("keepers")
         sources = {place.node: own} if place.leads_node else {}
@@ -142,8 +159,14 @@ class Run:
         host = Endpoint.read(own).member.host
         restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
         link = team_link(team, own, env, self._room_needed(team))
-        self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
+        guests = [Endpoint.read(sources[node]).member for node in place.guests]
+        if not any(self._join(team, place, own, restored, guests) for _ in range(JOIN_TRIES)):
+            raise ClusterError(
+                f"the keepers of {self.name} could not enter an epoch together in {JOIN_TRIES} attempts; start again"
+            )
         clock.lap("join")
+        revive = partial(revive_keeper, self.name, place.node, memory, **starting)
+        self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
         self._start(link, team.rank, restored)
         self._witness = Witness.summoned(os.environ, team.rank)
         if self._witness is not None:
@@ -186,8 +209,11 @@ class Run:
             nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).room_nbytes
         return nbytes
 
-    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> None:
-        """All keepers enter the same new epoch; from here on the dead of the last one are refused."""
+    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> bool:
+        """All keepers enter the same new epoch; from here on the dead of the last one are refused.
+
+        False when keepers were regrouping at this moment and have gone further than the epoch that was to be entered.
+        """
 
         def describe() -> dict[str, Any]:
             found = Endpoint.read(memory).member
@@ -215,6 +241,8 @@ class Run:
             index=restored.index,
             protected=restored.protected,
             in_memory=restored.in_memory,
+            spilled=restored.checkpoint,
+            grace_s=self._settings.grace_s,
             guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
@@ -232,8 +260,12 @@ class Run:
             if place.leads_node and place.node == view.coordinator:
                 ask_once(memory, "begin")
 
-        team.all(enter)
+        outcomes = team.attempt(enter)
+        if any(outcome.error == StaleEpoch.__name__ for outcome in outcomes):
+            return False
+        raise_first(outcomes)
         team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
+        return True
 
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
@@ -242,6 +274,9 @@ class Run:
         self._capturer = Capturer(self._tracked, link, rank)
         for optimizer in self._tracked.optimizers.values():
             self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
+
+        if self._settings.checkpoints is not None and self._settings.grace_s > 0:
+            self._preemption = Preemption(partial(link.terminated, self._settings.grace_s), self._settings.grace_s)
 
     def _report(self, team: Team) -> None:
         recovery = self.recovery
@@ -297,24 +332,34 @@ class Run:
                 hook.remove()
             self._hooks.clear()
             capturer.close()
+            if self._preemption is not None:
+                self._preemption.close()
+            if self._lifeline is not None:
+                self._lifeline.close()
             capturer.link.close()
 
     def _finish(self, capturer: Capturer) -> None:
-        """Let the last step be captured, committed and written; the keepers then give the memory back."""
-        page = capturer.link.page
-        epoch = page["epoch"]
-        capturer.link.finishing(self.step, keep=self._settings.checkpoints is not None)
-        started = asked = time.monotonic()
-        while page["stopped"] != epoch:
+        """Let the last step be captured, committed and written; the keepers then give the memory back.
+
+        Raises CheckpointFailed when the last step was to become a checkpoint and did not; the keepers then hold on to it.
+        """
+        link = capturer.link
+        link.finishing(self.step, keep=self._settings.checkpoints is not None)
+        deadline = time.monotonic() + LEAVING_TIMEOUT_S
+        while not link.is_over():
             capturer.step_done(self.step)
             time.sleep(0.005)
-            now = time.monotonic()
-            if now - asked > 1:
-                asked = now
-                connect(capturer.link.memory, timeout_s=60).close()  # raises when the keeper is no longer there to answer
-            if now - started > LEAVING_TIMEOUT_S:
+            if self._lifeline is not None and self._lifeline.is_lost:
+                raise KeeperUnreachable(f"its memory {link.memory} is gone with it")
+            if time.monotonic() > deadline:
                 logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
                 return
+        if link.page["unsaved"]:
+            problem = link.ask("ending")["problem"]
+            raise CheckpointFailed(
+                f"{self.name} has ended at step {self.step} and is not saved: {problem}. Its keepers hold on to step "
+                f"{self.committed_step} in memory: clear the cause and start the run again, it goes on from there and saves it"
+            )
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------------

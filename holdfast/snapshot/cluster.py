@@ -29,6 +29,7 @@ from holdfast.snapshot.client import connect
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
+RAY_RESTART_S = 30.0
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -55,14 +56,28 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
     places = {node: node_memory(memory, job, node) for node in nodes}
     with _host_lock():
         missing = [node for node, place in places.items() if not _answers(place)]
+        started: dict[int, subprocess.Popen[bytes]] = {}
         if missing and kind == "ray":
             _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
         elif missing:
-            for node in missing:
-                _start_process(job, node, places[node], bind)
+            started = {node: _start_process(job, node, places[node], bind) for node in missing}
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        for node in missing:
-            _wait_for(node, places[node], deadline)
+        try:
+            for node in missing:
+                _wait_for(node, places[node], deadline, started.get(node))
+        finally:
+            for process in started.values():
+                _let_go(process)
+
+
+def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+    """See that the keeper of `node`, which has died, answers again. Ray restarts its actors by itself and is given time to."""
+    deadline = time.monotonic() + RAY_RESTART_S
+    while kind == "ray" and time.monotonic() < deadline:
+        if _answers(node_memory(memory, job, node)):
+            return
+        time.sleep(0.2)
+    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind)
 
 
 def _check_memory(memory: Path) -> None:
@@ -82,8 +97,12 @@ def _answers(place: Path) -> bool:
     return True
 
 
-def _wait_for(node: int, place: Path, deadline: float) -> None:
+def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
     while not _answers(place):
+        if process is not None and process.poll() is not None:
+            raise KeeperUnreachable(
+                f"the keeper of node {node} was started and ended with code {process.returncode}; its log is in {runtime_dir()}"
+            )
         if time.monotonic() > deadline:
             raise KeeperUnreachable(
                 f"the keeper of node {node} was started and does not answer in {place}; its log is in {runtime_dir()} or in Ray's"
@@ -91,11 +110,11 @@ def _wait_for(node: int, place: Path, deadline: float) -> None:
         time.sleep(0.05)
 
 
-def _start_process(job: str, node: int, place: Path, bind: str) -> None:
+def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:
     log = runtime_dir() / f"keeper-{job}-{node}.log"
     with log.open("ab") as output:
         command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
-        _let_go(_start_daemon(command, output, _environment()))
+        return _start_daemon(command, output, _environment())
 
 
 def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]) -> subprocess.Popen[bytes]:

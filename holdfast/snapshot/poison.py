@@ -7,14 +7,19 @@ from there ("step_back").
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from holdfast.arrays import Fragment, FragmentTable
 from holdfast.events import emit
+from holdfast.snapshot.coordinator import GivenUp
+
+if TYPE_CHECKING:
+    from holdfast.snapshot.keeper import Keeper
 
 logger = logging.getLogger(__name__)
 
@@ -48,17 +53,19 @@ def is_finite(data: memoryview, dtype: str) -> bool:
 class PoisonGuard:
     """Which arrays of which rank to look at, and what to do about it."""
 
-    def __init__(self, job: str) -> None:
-        self._job = job
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
         self.policy = "warn"
         self.refused = 0
         self._arrays: dict[int, frozenset[str]] = {}
         self._reminded: float | None = None
 
-    def watch(self, rank: int, policy: str, arrays: Iterable[str]) -> None:
-        """Look at these arrays of `rank` from now on."""
-        self.policy = policy
-        self._arrays[rank] = frozenset(arrays)
+    def verb_guard(self, rank: int, attachment: str, policy: str, payload: memoryview) -> None:
+        """Look at these parameters of `rank` for NaN and infinity from now on, and do what the policy says."""
+        with self._keeper.lock:
+            self._keeper.trainers.check(rank, attachment)
+            self.policy = policy
+            self._arrays[rank] = frozenset(json.loads(bytes(payload)))
 
     def allows(self, rank: int, step: int, table: FragmentTable, body: memoryview) -> bool:
         """False for a snapshot that the policy keeps from being committed."""
@@ -73,10 +80,25 @@ class PoisonGuard:
         self.refused += self.policy != "warn"
         return self.policy == "warn"
 
+    def refuse(self, step: int, number: int) -> None:
+        """Keep the last clean snapshot in this one's stead, and have the trainers of the node step back where the user wants it."""
+        with self._keeper.lock:
+            if self._keeper.members.view is None:
+                return  # keepers are regrouping; the round is void already
+            if self.policy == "step_back":
+                self._keeper.trainers.say(self._keeper.members.local_ranks, poisoned=step)
+            self._keeper.tell(GivenUp(self._keeper.node, step, self._keeper.progress(), "poisoned", number))
+
     def _say(self, rank: int, step: int, arrays: list[str]) -> None:
         """Once, and then once a minute."""
         emit(
-            "snapshot.poisoned", job=self._job, rank=rank, step=step, arrays=arrays[:20], count=len(arrays), policy=self.policy
+            "snapshot.poisoned",
+            job=self._keeper.job,
+            rank=rank,
+            step=step,
+            arrays=arrays[:20],
+            count=len(arrays),
+            policy=self.policy,
         )
         now = time.monotonic()
         if self._reminded is not None and now - self._reminded < REMIND_S:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 
-from holdfast.coding import ErasureCode, crc32c
+from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, HoldfastError, MissingData
-from holdfast.snapshot.exchange import NodeBytes, SlotReader, fragment_of, fragments_of, parity_name
+from holdfast.snapshot.exchange import Decoder, NodeBytes, SlotReader, parity_name
 from holdfast.snapshot.slots import Slot, SlotHeader, SlotState, aligned
 from holdfast.snapshot.store import NodeSlots, group_of
 from holdfast.snapshot.view import GroupRecord, stride
@@ -263,8 +263,8 @@ class Scrubber:
             return None
         slot, group = max(groups, key=lambda item: item[1].step)
         header, started = slot.header, time.monotonic()
-        place, stripe = group.position(node), random.randrange(group.layout.stripes)
-        _, base, kind = fragment_of(group, place, stripe)
+        place = group.position(node)
+        _, kind, base = random.choice(list(Decoder(group, node, {}, frozenset(), frozenset()).blocks()))
         offset = base + random.randrange(0, max(1, group.block_nbytes - DRILL_NBYTES), 64)
         nbytes = min(DRILL_NBYTES, base + group.block_nbytes - offset)
         try:
@@ -294,25 +294,11 @@ def decode(group: GroupRecord, place: int, kind: str, offset: int, nbytes: int, 
 
     The piece lies within one block. Raises MissingData when fewer than k of its stripe's blocks are within reach.
     """
-    layout, size = group.layout, group.block_nbytes
-    stripe = next(s for s in range(layout.stripes) if _holds(group, place, s, kind, offset // size))
-    column, base, _ = fragment_of(group, place, stripe)
     here = frozenset(readers)
-    sources = fragments_of(group, stripe, place, readers, here, here)
-    if len(sources) < layout.k:
-        raise MissingData(f"{len(sources)} of the {layout.k} blocks that it takes are within reach")
-    out = bytearray(nbytes)
-    have = {
-        index: bytes(read(offset - base, nbytes, memoryview(bytearray(nbytes))))
-        for index, read in list(sources.items())[: layout.k]
-    }
-    ErasureCode(layout.k, group.parity).reconstruct(have, {column: out})
-    return bytes(out)
-
-
-def _holds(group: GroupRecord, place: int, stripe: int, kind: str, block: int) -> bool:
-    _, base, found = fragment_of(group, place, stripe)
-    return found == kind and base == block * group.block_nbytes
+    decoder = Decoder(group, group.records[place].node, readers, here, here)
+    base = offset // group.block_nbytes * group.block_nbytes
+    stripe = next(stripe for stripe, of, start in decoder.blocks() if (of, start) == (kind, base))
+    return bytes(decoder.decode(stripe, offset - base, nbytes))
 
 
 def _read(group: GroupRecord, place: int, kind: str, offset: int, nbytes: int, reader: SlotReader) -> bytes:

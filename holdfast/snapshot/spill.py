@@ -7,40 +7,58 @@ refilled meanwhile, and nothing is visible to a reader before COMMIT.
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from holdfast import ckpt
 from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fragments
+from holdfast.errors import StaleEpoch
 from holdfast.events import crash_point
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Connection
 
 
-def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
-    """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes."""
+def write_checkpoint(
+    view: View, step: int, index: int, is_current: Callable[[], bool] = lambda: True, *, fenced: bool = True
+) -> tuple[Path, int]:
+    """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes.
+
+    The members are asked as of `view.epoch` where `fenced`, so that those which have gone on to another epoch refuse. Raises
+    StaleEpoch when `is_current` turns false before the commit: the slots may be refilled by then. What was written of a
+    checkpoint that fails is removed.
+    """
     if view.checkpoints is None:
         raise ValueError("this run has no place for checkpoints")
     there = _already_written(view.checkpoints, step)
     if there is not None:
         return there
-    connections = {member.node: _connect(member) for member in view.members}
-    try:
-        table, objects = gather(view, step, index)
+    sender = {"epoch_of_sender": view.epoch} if fenced else {}
+    with ExitStack() as stack:
+        connections = {member.node: _connect(member) for member in view.members}
+        for connection in connections.values():
+            stack.callback(connection.close)
+        table, objects = gather(view, step, index, **sender)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
         plan = ckpt.plan_write(table, step=step, layout=layout)
         directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
         crash_point("spill.begun")
-        _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index, layout=layout)
-        crash_point("spill.written")
-        path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
+        try:
+            where: dict[str, Any] = {"directory": str(directory), "step": step, "index": index, "layout": layout}
+            _everywhere(connections, "spill", table.to_bytes(), **where, **sender)
+            crash_point("spill.written")
+            if not is_current():
+                raise StaleEpoch(f"epoch {view.epoch} ended while step {step} was written")
+            path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
+        except BaseException:
+            # Room may be what it failed for. A reader never saw it, and the next attempt has a directory of its own.
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
         return path, table.nbytes
-    finally:
-        for connection in connections.values():
-            connection.close()
 
 
 def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
@@ -51,14 +69,14 @@ def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
     return (found[0].path, found[0].nbytes) if found else None
 
 
-def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
+def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
     """All distinct fragments of a committed step, and every rank's objects, told by the keepers."""
     tables: list[FragmentTable] = []
     objects: dict[int, dict[str, str]] = {}
     for member in view.members:
         connection = _connect(member)
         try:
-            header, data = connection.ask("tables", step=step, index=index)
+            header, data = connection.ask("tables", step=step, index=index, **sender)
         finally:
             connection.close()
         tables.append(FragmentTable.from_bytes(data))

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -64,22 +64,24 @@ def _is_well(health: Health | None, epoch: int) -> bool:
 
 
 class Watch:
-    """Watches one keeper. With `every_s` 0 no thread is started, and everything can still be asked for by its method."""
+    """Watches one keeper. Until `start`, and with `every_s` 0, it does nothing by itself; everything has its method."""
 
-    def __init__(self, keeper: Keeper, every_s: float) -> None:
-        self._keeper, self._every_s = keeper, every_s
-        self._ended = threading.Event()
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper, self._members = keeper, keeper.members
         self._known: dict[int, Health | None] = {}
         self._said: int | None = None
         self._random = Random()
         self._scrubber = Scrubber(keeper.slots, self._readers, self._pace)
         self._last_scrub: dict[str, Any] | None = None
         self._last_drill: dict[str, Any] | None = None
-        if every_s > 0:
-            threading.Thread(target=self._run, name="holdfast-watch", daemon=True).start()
 
-    def close(self) -> None:
-        self._ended.set()
+    def start(self, every_s: float) -> None:
+        if every_s > 0:
+            threading.Thread(target=self._run, args=(every_s,), name="holdfast-watch", daemon=True).start()
+
+    def verb_health(self) -> dict[str, Any]:
+        """How this node is, asked by its peers."""
+        return asdict(self.health())
 
     # -- what is known --
 
@@ -88,17 +90,17 @@ class Watch:
         committed = max((slot.header.step for slot in slots if slot.header.state is SlotState.COMMITTED), default=0)
         # Damage counts while the slot that has it is the newest: nothing older is what recovery returns to.
         damaged = sum(step == committed for _, step in self._scrubber.damaged)
-        return Health(self._keeper.epoch, committed, damaged)
+        return Health(self._members.epoch, committed, damaged)
 
     def survivable_losses(self) -> int:
         own = self.health()
         if not own.committed:
             return 0
-        return survivable_losses(self._keeper.view, self._keeper.node, {**self._known, self._keeper.node: own})
+        return survivable_losses(self._members.view, self._keeper.node, {**self._known, self._keeper.node: own})
 
     def status(self) -> dict[str, Any]:
         """For `holdfast status`: times are seconds since the epoch."""
-        view = self._keeper.view
+        view = self._members.view
         group = view.group_of(self._keeper.node) if view is not None else ()
         return {
             "group": list(group),
@@ -111,15 +113,15 @@ class Watch:
 
     # -- what is done --
 
-    def _run(self) -> None:
+    def _run(self, every_s: float) -> None:
         peers_s = scrub_s = time.monotonic()
-        while not self._ended.wait(min(PEERS_EVERY_S, self._every_s)):
+        while not self._keeper.wait_closed(min(PEERS_EVERY_S, every_s)):
             try:
                 now = time.monotonic()
                 if now - peers_s >= PEERS_EVERY_S:
                     peers_s = now
                     self.look_round()
-                if now - scrub_s >= self._every_s:
+                if now - scrub_s >= every_s:
                     self.scrub()
                     self.drill()
                     scrub_s = time.monotonic()
@@ -128,7 +130,7 @@ class Watch:
 
     def look_round(self) -> None:
         """Ask every peer of the group how it is, and say when more or fewer losses can be survived than before."""
-        view = self._keeper.view
+        view = self._members.view
         if view is None:
             return
         peers = [view.member(node) for node in view.group_of(self._keeper.node) if node != self._keeper.node]
@@ -185,7 +187,7 @@ class Watch:
 
     def _readers(self, group: GroupRecord) -> dict[int, SlotReader]:
         """A reader for every node of the group that answers, this one included."""
-        view = self._keeper.view
+        view = self._members.view
         members = {member.node: member for member in view.members} if view is not None else {}
         found: dict[int, SlotReader] = {}
         for record in group.records:
@@ -195,7 +197,7 @@ class Watch:
         return found
 
     def _pace(self, nbytes: int) -> None:
-        self._ended.wait(nbytes / SCRUB_NBYTES_PER_S)
+        self._keeper.wait_closed(nbytes / SCRUB_NBYTES_PER_S)
 
 
 def _ask(member: Member) -> Health | None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))
     deaths = json.loads(args.die)
@@ -46,10 +48,22 @@ def main() -> None:
             if rank == death["ranks"][0] and ripe and not mark.exists():
                 mark.touch()
                 die(death, args.name, memory)
+        if args.keep_up:
+            wait_for_keepers(run, step)
         if args.follow_keeper and not _alive(keeper_pid(run)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(args, after_step)
+
+
+def wait_for_keepers(run: Run, step: int) -> None:
+    """Return once a later step is ordered or this one is committed; snapshots that have stopped for good end the run."""
+    page = run._running().link.page
+    deadline = time.monotonic() + 90
+    while page.target[0] <= step and run.committed_step < step:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"step {step} is done and no further one is ordered; committed is {run.committed_step}")
+        time.sleep(0.01)
 
 
 _pids: dict[str, int] = {}

@@ -16,7 +16,7 @@ from holdfast.elastic.faults.impostor import noise, serve
 from holdfast.errors import HoldfastError, KeeperUnreachable, OutOfSharedMemory, StaleEpoch
 from holdfast.events import arm
 from holdfast.snapshot.exchange import slot_name
-from holdfast.snapshot.recovery import plan_restore
+from holdfast.snapshot.plan import plan_restore
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.wire import Connection
 from tests.snapshot.test_keeper import Cluster, Rank

@@ -71,11 +71,11 @@ def start(shm: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., 
     monkeypatch.setattr("tests.snapshot.test_keeper.Rank", FloatRank)
     made: list[Cluster] = []
 
-    def build(policy: str, arrays: str = '["model/w0", "model/w1"]') -> Cluster:
+    def build(policy: str, arrays: tuple[str, ...] = ("model/w0", "model/w1")) -> Cluster:
         made.append(Cluster(shm, 2, parity=1))
         made[-1].enter(1)
         for rank in made[-1].ranks.values():
-            rank.link.ask("guard", arrays.encode(), rank=rank.rank, policy=policy)
+            rank.link.guard(policy, list(arrays))
         return made[-1]
 
     yield build
@@ -126,6 +126,6 @@ def test_with_warn_it_is_committed_with_a_word(
 def test_arrays_that_nobody_asked_to_watch_may_be_what_they_like(
     start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster = start("refuse", arrays='["model/w0"]')
+    cluster = start("refuse", arrays=("model/w0",))
     monkeypatch.setattr(FloatRank, "bad", range(10**9))
     assert cluster.train(until_committed=3) >= 3

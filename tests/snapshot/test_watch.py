@@ -14,7 +14,7 @@ from holdfast.events import Event, subscribe
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.scrub import Scrubber
 from holdfast.snapshot.slots import HEADER_NBYTES, Slot, SlotState, aligned
-from holdfast.snapshot.watch import Health, Watch, survivable_losses
+from holdfast.snapshot.watch import Health, survivable_losses
 from tests.snapshot.test_keeper import Cluster, wait_until
 
 
@@ -175,10 +175,10 @@ def test_the_watch_runs_by_itself(shm: Path, start: Callable[..., Cluster], even
     slot = committed(cluster, 2)
     good = contents(slot)
     flip(slot, 5)
-    watch = Watch(cluster.keepers[2], every_s=0.05)
+    watch = cluster.keepers[2].watch
+    watch.start(every_s=0.05)
     wait_until(lambda: contents(slot) == good, "the scrub to repair it")
     wait_until(lambda: watch.status()["last_drill"] is not None, "a drill")
-    watch.close()
     assert {"scrub.done", "scrub.rot", "drill.done"} <= {event.name for event in events}
 
 
