@@ -370,6 +370,7 @@ class Keeper:
                     parent.rmdir()  # only when no other node or job is left in it
                 except OSError:
                     break
+        os.close(self._guard)
         self._released.set()
 
     def wait(self) -> None:

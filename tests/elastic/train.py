@@ -57,12 +57,12 @@ def main() -> None:
 
 
 def wait_for_keepers(run: Run, step: int) -> None:
-    """Return once a later step is ordered or this one is committed; snapshots that have stopped for good end the run."""
+    """Return once this step or a later one is ordered; snapshots that have stopped for good end the run."""
     page = run._running().link.page
     deadline = time.monotonic() + 90
-    while page.target[0] <= step and run.committed_step < step:
+    while page.target[0] < step and run.committed_step < step:
         if time.monotonic() > deadline:
-            raise RuntimeError(f"step {step} is done and no further one is ordered; committed is {run.committed_step}")
+            raise RuntimeError(f"step {step} is done and nothing from there on is ordered; committed is {run.committed_step}")
         time.sleep(0.01)
 
 
