@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from holdfast import snapshot
 from holdfast.elastic.faults import Fault, Faults, Job, Plan, Schedule, Verdict, load_plan, rehearse, report_lines, save_plan
 from holdfast.elastic.faults import verdict as oracle
 from holdfast.elastic.faults.report import as_json, counts, is_good
@@ -82,6 +84,13 @@ def test_a_plan_that_is_saved_is_the_plan_that_is_loaded(tmp_path: Path, name: s
     plan = load_plan(SCHEDULES / name)
     save_plan(plan, tmp_path / "again.toml")
     assert load_plan(tmp_path / "again.toml") == plan
+
+
+def test_every_crash_point_of_snapshots_can_be_named_in_a_schedule() -> None:
+    named: set[str] = set()
+    for path in Path(snapshot.__file__).parent.glob("*.py"):
+        named |= set(re.findall(r'crash_point\("([^"]+)"\)', path.read_text()))
+    assert named == {point for points in POINTS.values() for point in points}
 
 
 def test_the_campaign_kills_every_kind_of_victim_at_every_point() -> None:

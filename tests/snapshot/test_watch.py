@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import HoldfastError
+from holdfast.environment import watch_every_s
+from holdfast.errors import ConfigError, HoldfastError
 from holdfast.events import Event, subscribe
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.scrub import Scrubber
@@ -243,3 +244,18 @@ def test_a_node_counts_while_it_is_in_the_epoch_has_committed_and_is_sound(start
         assert survivable_losses(view, 0, {0: well, 1: ill}) == 1
     assert survivable_losses(view, 0, {0: None, 1: None, 2: None}) == 0
     assert survivable_losses(None, 0, {}) == 0
+
+
+# -- how often ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_says_how_often_memory_is_scrubbed() -> None:
+    assert watch_every_s({}) == 60
+    assert watch_every_s({"HOLDFAST_SCRUB_EVERY_S": "2.5"}) == 2.5
+    assert watch_every_s({"HOLDFAST_SCRUB_EVERY_S": "0"}) == 0
+
+
+@pytest.mark.parametrize("text", ["often", "-1", "inf", "nan"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"HOLDFAST_SCRUB_EVERY_S='{text}'; seconds are needed, or 0 for never"):
+        watch_every_s({"HOLDFAST_SCRUB_EVERY_S": text})

@@ -21,6 +21,7 @@ from holdfast.errors import ConfigError
 POINTS = {
     "trainer": ("capture.begun", "capture.copied", "capture.filled"),
     "keeper": (
+        "keeper.attaching",
         "keeper.joined",
         "keeper.announced",
         "snapshot.filled",
@@ -32,8 +33,13 @@ POINTS = {
     ),
     "coordinator": ("spill.begun", "spill.written"),
     "rebuild": ("rebuild.decoded", "rebuild.checked"),
+    "return": ("keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
+    "end": ("keeper.stopping", "keeper.stopped", "preempt.saved", "rescue.rebuilt"),
 }
-"""Every crash point of snapshots, by who passes it. "rebuild" ones are passed by a keeper that gets its lost memory back."""
+"""Every crash point of snapshots, by who passes it. "rebuild" ones are passed by a keeper that gets its lost memory back, "return"
+ones when a keeper that died alone comes back, and "end" ones when a run ends, is told to, or saves what is left of it."""
+
+AT_THE_START = ("keeper.attaching", "keeper.joined")
 
 DEEDS = ("kill", "stop", "cont", "delay", "flip", "tear", "fill", "garbage")
 PLACES = ("slot", "meta", "parity", "header")
@@ -287,11 +293,11 @@ def _sweep_of(entry: Mapping[str, Any], job: Job) -> list[Schedule]:
         # The first node leads the commit and writes checkpoints; a checkpoint's points are passed by it alone.
         node = 0 if point in POINTS["coordinator"] else job.nodes - 1
         by = job.ranks_of(node)[0] if point in POINTS["trainer"] else node
-        first = 1 if point in (*POINTS["coordinator"], "keeper.joined") else nth
+        first = 1 if point in (*POINTS["coordinator"], *AT_THE_START) else nth
         named = {name: (value(node) if callable(value) else value) for name, value in victims[1].items()}
         fault = Fault(do="kill", at=point, nth=first, by=by, **named)
         lost = len(named.get("nodes", ()))
-        expect = "recovered" if lost <= job.parity and point != "keeper.joined" else "either"
+        expect = "recovered" if lost <= job.parity and point not in AT_THE_START else "either"
         found.append(Schedule(name=f"{victims[0]} at {point}", faults=(fault,), expect=expect, job=job))
     return found
 
