@@ -129,3 +129,12 @@ def test_arrays_that_nobody_asked_to_watch_may_be_what_they_like(
     cluster = start("refuse", arrays=("model/w0",))
     monkeypatch.setattr(FloatRank, "bad", range(10**9))
     assert cluster.train(until_committed=3) >= 3
+
+
+def test_a_keeper_that_was_started_again_hears_of_the_guard_with_the_first_word(start: Callable[..., Cluster]) -> None:
+    cluster = start("refuse")
+    guard, link = cluster.keepers[1].poison, cluster.ranks[1].link
+    guard._arrays.clear()
+    link._connection.close()
+    link.ask("ping")
+    assert guard._arrays == {1: {"model/w0", "model/w1"}}
