@@ -56,6 +56,7 @@ def test_an_unknown_policy_is_refused() -> None:
         holdfast.protect({"model": None}, on_nan="ignore")
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("policy", ["step_back", pytest.param("refuse", marks=pytest.mark.campaign)])
 def test_a_run_that_turns_nan_restarts_from_its_last_clean_step(job, policy: str) -> None:
     """The parameters turn NaN after step 8, once: a stray bit and not the training's own doing."""
