@@ -88,6 +88,18 @@ def runtime_dir() -> Path:
     return Path(chosen) if chosen else Path("/tmp") / f"holdfast-{os.getuid()}"
 
 
+def watch_every_s(environ: Mapping[str, str] | None = None) -> float:
+    """How often a keeper scrubs its memory and drills a rebuild: HOLDFAST_SCRUB_EVERY_S, a minute if unset; 0 for never."""
+    text = (os.environ if environ is None else environ).get("HOLDFAST_SCRUB_EVERY_S") or "60"
+    try:
+        every_s = float(text)
+    except ValueError:
+        every_s = -1.0
+    if not 0 <= every_s < float("inf"):
+        raise ConfigError(f"the environment says HOLDFAST_SCRUB_EVERY_S={text!r}; seconds are needed, or 0 for never")
+    return every_s
+
+
 def check_job_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(

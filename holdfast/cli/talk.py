@@ -27,10 +27,10 @@ def add_path(parser: argparse.ArgumentParser, name: str = "path", about: str = "
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, default=_plain, indent=1))
+    print(json.dumps(value, default=plain, indent=1))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     from holdfast.ckpt.storage import RemotePath  # a verb that prints one has loaded it
 
     if isinstance(value, RemotePath):

@@ -189,8 +189,8 @@ def _look(checkpoints: str | None, records: Path | None) -> _Known:
     stored: list[int] = []
     problems: list[str] = []
     where = None if checkpoints is None else _directory(checkpoints)
-    there = where is not None and where.is_dir()  # a store has no prefix before the first save
-    for info in reversed(ckpt.list_steps(where)) if where is not None and there else ():
+    # A store has no prefix before the first save.
+    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
         if ckpt.is_sound(info):
             stored.append(info.step)
         elif not stored:

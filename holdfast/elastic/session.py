@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from holdfast.elastic import restore
+from holdfast.elastic import guards, restore
 from holdfast.elastic.chronicle import Chronicle
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
 from holdfast.elastic.journal import records_of
@@ -27,6 +27,7 @@ from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
 from holdfast.elastic.team import Team
+from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
 from holdfast.errors import (
     CheckpointFailed,
@@ -65,6 +66,7 @@ class Settings:
     checkpoint_every: int
     name: str | None
     memory_dir: str | None
+    on_nan: str
     grace_s: float = 20.0
 
 
@@ -129,8 +131,9 @@ class Run:
         self._held = ExitStack()
         self._in_place: InPlace | None = None
         self._begun = False
-        self._staleness = _Staleness(self.name)
+        self._staleness = guards.Staleness(self.name)
         self._chronicle: Chronicle | None = None
+        self._witness: Witness | None = None
 
     @property
     def stats(self) -> Stats:
@@ -200,6 +203,9 @@ class Run:
         self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
         self._held.callback(self._lifeline.close)
         self._start(link, team.rank, restored)
+        self._witness = Witness.summoned(os.environ, team.rank)
+        if self._witness is not None:
+            self._witness.started(self.step, restored.recovery.rung if restored.recovery else None, self._tracked)
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
@@ -311,6 +317,7 @@ class Run:
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
         link.page["completed"] = self.step
+        guards.watch_parameters(link, self._tracked, self._settings.on_nan)
         stats = self.stats
         self._capturer = Capturer(self._tracked, link, rank)
         self._capturer.stats = stats  # they count over recoveries in place
@@ -349,14 +356,18 @@ class Run:
         started = time.perf_counter()
         self._begun = True
         self.step += 1
+        if self._witness is not None:
+            self._witness.completed(self.step, self._tracked)
         if self._chronicle is not None:
             self._chronicle.step_done(self.step, capturer.stats.stall_s)
         # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
         capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
-        self._staleness.look(capturer.link.page["committed"], self.step)
+        self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
+        guards.refuse_poison(capturer.link.page, self.step)
         if self._in_place is not None:
             self._in_place.line.completed(self.step)
         capturer.stats.stall_s += time.perf_counter() - started
+        guards.tell(capturer.link.page, capturer.stats)
 
     def _fence(self) -> None:
         if self._capturer is not None:
@@ -374,6 +385,8 @@ class Run:
         try:
             capturer.settle()
             if kind is None:
+                if self._witness is not None:
+                    self._witness.ended(self.step)
                 self._finish(capturer)
                 if self._in_place is not None:
                     self._in_place.leave()
@@ -424,30 +437,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
-
-
-class _Staleness:
-    """Says so, once a minute, when snapshots have stopped being committed; a gap nobody hears of costs the most."""
-
-    STEPS, SECONDS = 20, 60.0
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._committed, self._since = 0, time.monotonic()
-
-    def look(self, committed: int, step: int) -> None:
-        now = time.monotonic()
-        if committed != self._committed:
-            self._committed, self._since = committed, now
-        elif step - committed > self.STEPS and now - self._since > self.SECONDS:
-            logger.warning(
-                "%s: no snapshot has been committed since step %d, now at %d; see `holdfast status` and the keepers' logs",
-                self._name,
-                committed,
-                step,
-            )
-            emit("snapshot.stale", job=self._name, committed=committed, step=step)
-            self._since = now
 
 
 def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:

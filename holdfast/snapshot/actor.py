@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
 from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority
 
@@ -37,7 +38,7 @@ class KeeperActor:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         lower_priority()
         arm_faults(node)
-        self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain())
+        self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain(), watch_every_s=watch_every_s())
         signal.signal(signal.SIGTERM, lambda *_: self._keeper.preempt.told_to_end())
         threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
 

@@ -63,6 +63,7 @@ class Link:
         self.page["pid"] = os.getpid()
         self._bodies: dict[int, _SlotBody] = {}
         self._known_layout = ""
+        self._guard: tuple[str, bytes] | None = None
         self._closed = False
         self._committed = 0
 
@@ -119,6 +120,11 @@ class Link:
     def give_up(self, step: int, reason: str) -> None:
         self.ask("give_up", step=step, reason=reason, **self._who)
 
+    def guard(self, policy: str, arrays: list[str]) -> None:
+        """Have the keeper look at these arrays for NaN and infinity in every snapshot from now on."""
+        self._guard = (policy, json.dumps(arrays).encode())
+        self.ask("guard", self._guard[1], policy=policy, **self._who)
+
     def is_over(self) -> bool:
         """The run has ended on all nodes, saved or not."""
         return self._closed or (self.page["stopped"] == self.page["epoch"] != 0)
@@ -147,6 +153,8 @@ class Link:
         except KeeperUnreachable:
             self._connection = connect(self.memory)
             self._connection.ask("hello", **self._who)
+            if self._guard is not None:  # a keeper that was started again has never heard of it
+                self._connection.ask("guard", self._guard[1], policy=self._guard[0], **self._who)
             return self._connection.ask(verb, payload, **fields)
 
     def close(self) -> None:

@@ -252,6 +252,9 @@ def _host_lock() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
+    """One keeper. `step` is the newest that its ranks have completed; the counters are summed over its ranks, `refused` are
+    snapshots that held NaN. `last_scrub` and `last_drill` say when (`time_s`) and what came of it."""
+
     node: int
     pid: int
     alive: bool
@@ -263,14 +266,32 @@ class NodeStatus:
     checkpoint_step: int
     survivable_losses: int
     ranks: dict[int, int]
+    step: int = 0
+    world: int = 0
+    captured: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    failed: int = 0
+    refused: int = 0
+    stall_s: float = 0.0
+    damaged: int = 0
+    parity: int = 0
+    group: tuple[int, ...] = ()
+    last_scrub: dict[str, Any] | None = None
+    last_drill: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One run as its keepers on this host see it. `committed_step` is the newest that all of them have committed."""
+    """One run as its keepers on this host see it. `committed_step` is the newest that all of them have committed.
+
+    `survivable_losses` counts what is there now: a keeper that does not answer or has damaged memory protects nobody.
+    """
 
     name: str
     epoch: int
+    world: int
+    step: int
     committed_step: int
     checkpoint_step: int
     survivable_losses: int
@@ -290,11 +311,19 @@ def _job_status(place: Path) -> JobStatus:
     return JobStatus(
         name=place.name,
         epoch=max((node.epoch for node in alive), default=0),
+        world=max((node.world for node in alive), default=0),
+        step=max((node.step for node in alive), default=0),
         committed_step=min((node.committed_step for node in alive), default=0),
         checkpoint_step=max((node.checkpoint_step for node in alive), default=0),
-        survivable_losses=min((node.survivable_losses for node in alive), default=0),
+        survivable_losses=min((_losses_left(node, nodes) for node in alive), default=0),
         nodes=nodes,
     )
+
+
+def _losses_left(node: NodeStatus, here: list[NodeStatus]) -> int:
+    """What the keeper says, or less where a member of its group is dead that it has not missed yet."""
+    dead = sum(not other.alive for other in here if other.node in node.group)
+    return min(node.survivable_losses, max(0, node.parity - dead))
 
 
 def _node_status(place: Path) -> NodeStatus:
@@ -319,6 +348,19 @@ def _node_status(place: Path) -> NodeStatus:
         checkpoint_step=found["checkpoint_step"],
         survivable_losses=found["survivable_losses"],
         ranks={int(rank): pid for rank, pid in found["ranks"].items()},
+        step=max((counts["completed"] for counts in found["counts"].values()), default=0),
+        world=found["world"],
+        stall_s=sum(counts["stall_us"] for counts in found["counts"].values()) / 1e6,
+        refused=found["refused"],
+        damaged=found["damaged"],
+        parity=found["parity"],
+        group=tuple(found["group"]),
+        last_scrub=found["last_scrub"],
+        last_drill=found["last_drill"],
+        **{
+            word: sum(counts[word] for counts in found["counts"].values())
+            for word in ("captured", "skipped", "dropped", "failed")
+        },
     )
 
 

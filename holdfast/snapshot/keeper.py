@@ -9,6 +9,8 @@ others may read, and the end; each other story has a file of its own:
     lead.py         the coordinator's keeper                    regroup.py    a keeper that died comes back
     preempt.py      told to end: the last snapshot is saved     rescue.py     peers that are gone
     repair.py       what a lost node held is recomputed
+    watch.py        scrubs, drills, and how many losses are survivable now
+    poison.py       snapshots that hold NaN
 """
 
 from __future__ import annotations
@@ -29,10 +31,12 @@ from holdfast.errors import ClusterError, KeeperUnreachable, MissingData, StaleE
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
 from holdfast.snapshot.birth import SOCKET, advertised, host_identity, identity, listen, only_one, write_endpoint
+from holdfast.snapshot.control import COUNTS
 from holdfast.snapshot.coordinator import Acknowledged, Finishing, Input
 from holdfast.snapshot.exchange import SlotReader, check_holds
 from holdfast.snapshot.lead import Lead
 from holdfast.snapshot.membership import Membership
+from holdfast.snapshot.poison import PoisonGuard
 from holdfast.snapshot.preempt import Preempt
 from holdfast.snapshot.regroup import Regroup
 from holdfast.snapshot.repair import Repair
@@ -41,7 +45,8 @@ from holdfast.snapshot.rounds import Rounds
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.store import NodeSlots, group_of
 from holdfast.snapshot.trainers import Trainers
-from holdfast.snapshot.view import Member, View, effective_parity
+from holdfast.snapshot.view import Member, View
+from holdfast.snapshot.watch import Watch
 from holdfast.snapshot.wire import Header, Reply, Server
 
 logger = logging.getLogger(__name__)
@@ -56,7 +61,15 @@ class Keeper:
     """Serves one node of one job from the moment it is built until `close`. Raises ConfigError when one is alive already."""
 
     def __init__(
-        self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True, domain: str = ""
+        self,
+        job: str,
+        node: int,
+        memory: Path,
+        *,
+        bind: str = "127.0.0.1",
+        mapped: bool = True,
+        domain: str = "",
+        watch_every_s: float = 0.0,
     ) -> None:
         self.job, self.node, self.memory = job, node, memory
         self.mapped = mapped
@@ -73,7 +86,8 @@ class Keeper:
         self.checkpointed = 0
         self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
         self.preempt, self.repair = Preempt(self), Repair(self)
-        parts = (self, self.rounds, self.lead, self.regroup, self.preempt, self.repair)
+        self.watch, self.poison = Watch(self), PoisonGuard(self)
+        parts = (self, self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison)
         self._verbs = {name[5:]: getattr(part, name) for part in parts for name in dir(part) if name.startswith("verb_")}
         former = identity(memory)
         listeners, port = listen(memory / SOCKET, bind, former.port)
@@ -83,6 +97,7 @@ class Keeper:
         write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
         Rescue(self)
+        self.watch.start(watch_every_s)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -281,14 +296,11 @@ class Keeper:
                 "checkpoint_step": max((page["checkpoint"] for page in pages), default=0),
                 "ranks": {str(rank): pid for rank, pid in self.trainers.pids().items()},
                 "given_up": coordinator.given_up if coordinator else None,
-                "survivable_losses": self._survivable_losses(max(committed, default=0)),
+                "world": self.members.view.world if self.members.view else 0,
+                "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.trainers.pages.items()},
+                "refused": self.poison.refused,
+                **self.watch.status(),
             }
-
-    def _survivable_losses(self, step: int) -> int:
-        view = self.members.view
-        if view is None or not step:
-            return 0
-        return effective_parity(view.parity, len(self.members.group_nodes))
 
     # -- the end --
 
@@ -359,6 +371,7 @@ class Keeper:
                     parent.rmdir()  # only when no other node or job is left in it
                 except OSError:
                     break
+        os.close(self._guard)
         self._released.set()
 
     def wait(self) -> None:

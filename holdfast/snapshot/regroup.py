@@ -15,10 +15,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast import ckpt
-from holdfast.ckpt.storage import place
 from holdfast.errors import HoldfastError, StaleEpoch
 from holdfast.events import crash_point, emit
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
@@ -185,7 +185,7 @@ def _carry_out(plan: RestorePlan, members: Mapping[int, Member]) -> dict[int, li
 
 def newest_checkpoint(checkpoints: str | None) -> int:
     """The newest step that is a sound checkpoint, or 0."""
-    if checkpoints is None or not place(checkpoints).is_dir():
+    if checkpoints is None or not Path(checkpoints).is_dir():
         return 0
     return max((info.step for info in ckpt.list_steps(checkpoints) if ckpt.is_sound(info)), default=0)
 

@@ -210,6 +210,9 @@ class Rounds:
             slot, table = self._slots[slot_name(rank, now.index)], self.tables[rank][1]
         crash_point("snapshot.filled")
         body = slot.body
+        if not self._keeper.poison.allows(rank, now.step, table, body):
+            self._keeper.poison.refuse(now.step, now.number)
+            return
         meta = Meta(table.with_crcs([crc32c(body[row.slot_offset : row.slot_offset + row.nbytes]) for row in table]), objects)
         data = meta.to_bytes()
         start = aligned(payload_nbytes)

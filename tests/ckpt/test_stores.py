@@ -20,7 +20,7 @@ import pytest
 import torch
 import zarr
 
-from holdfast import ckpt
+from holdfast import ckpt, events
 from holdfast.arrays import Box
 from holdfast.ckpt.dcp import UniversalWriter
 from holdfast.ckpt.pruning import Retention, prune
@@ -184,6 +184,31 @@ def test_a_committed_step_is_never_saved_again(bucket):
     save(bucket, SMALL, step=3)
     with pytest.raises(ConfigError, match="step 3 is committed already"):
         save(bucket, SMALL, step=3, token="other")
+
+
+def test_what_a_failed_save_left_is_removed_and_a_checkpoint_never(bucket):
+    saved = cut(SMALL)
+    plan = ckpt.plan_write(saved.table, step=2, whole_files=True)
+    directory = ckpt.begin(bucket, plan, "t")
+    ckpt.write_fragments(directory, plan, 0, saved.table, saved.read)
+    assert names(str(directory))
+    ckpt.discard(directory)
+    assert not names(str(directory))
+
+    def refused(where: RemotePath, data: bytes) -> None:
+        raise OSError("the store says no")
+
+    patch = pytest.MonkeyPatch()
+    armed = {"ckpt.committed": lambda: patch.setattr(RemotePath, "write_bytes", refused)}
+    events.arm(lambda point: armed.get(point, lambda: None)())  # COMMIT is there, LATEST will not be
+    try:
+        with pytest.raises(StorageError, match="the store says no"):
+            save(bucket, SMALL, step=3)
+    finally:
+        events.arm(None)
+        patch.undo()
+    ckpt.discard(f"{bucket}/step-00000003-t")
+    assert_holds(bucket, SMALL, step=3)
 
 
 def test_damage_in_a_store_is_found_and_never_handed_out(bucket):

@@ -130,6 +130,7 @@ def isolated_environment(place: Path, memory: Path) -> dict[str, str]:
     return {
         **keep,
         "HOLDFAST_KEEPERS": "process",
+        "HOLDFAST_SCRUB_EVERY_S": "0",  # damage that a test does stays until the test's own restore finds it
         "HOLDFAST_RUNTIME": str(place / "runtime"),
         "HOLDFAST_MEMORY": str(memory),
         "PYTHONPATH": str(ROOT),

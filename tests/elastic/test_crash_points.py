@@ -65,11 +65,17 @@ def test_a_node_whose_keeper_is_killed_at_every_point_of_a_commit_loses_nothing(
     died.assert_equals(references.of("fsdp", 2, steps=60))
 
 
+EVERYWHERE = {0: [*COMMIT, *RETURN, *LEAD, *END], 1: [*COMMIT, *RETURN, *END]}
+ONCE = {0: [*RETURN, *LEAD, *END], 1: COMMIT}
+
+
 @pytest.mark.timeout(300)
-def test_keepers_killed_alone_at_every_point_come_back_and_no_trainer_is_restarted(job, references):
-    """Both keepers die again and again, now one, now both at once; snapshots go on and the last step is saved."""
+@pytest.mark.parametrize(
+    "points", [pytest.param(ONCE, id="once"), pytest.param(EVERYWHERE, id="on both nodes", marks=pytest.mark.campaign)]
+)
+def test_keepers_killed_alone_at_every_point_come_back_and_no_trainer_is_restarted(job, references, points):
+    """Keepers die again and again, now one, now both at once; snapshots go on and the last step is saved."""
     (job.place / "marks").mkdir()
-    points = {0: [*COMMIT, *RETURN, *LEAD, *END], 1: [*COMMIT, *RETURN, *END]}
     faults = [
         {
             "at": point,
