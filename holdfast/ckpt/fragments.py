@@ -249,9 +249,9 @@ def _inheriting(run: StoredRun, rank: int, step: int) -> StoredRun:
 
 def _index_after(layout: ArrayLayout, run: Run) -> tuple[int, bytes] | None:
     """What follows the data of a file, for the run that begins it: where, and the shard index."""
-    if run.byte_offset or layout.is_plain:
-        return None
     shard = layout.shard_of(run.box)
+    if layout.is_plain or run.box.offset != layout.shard_box(shard).offset:
+        return None
     return layout.data_nbytes(shard), shard_index(layout, shard)
 
 
