@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as PoolFuture
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,7 +50,7 @@ from holdfast.ckpt.reader import Checkpoint
 from holdfast.ckpt.steps import step_of
 from holdfast.ckpt.views import as_bytes
 from holdfast.ckpt.write import begin, commit, write_fragments
-from holdfast.errors import ConfigError, LayoutMismatch, StateError
+from holdfast.errors import ConfigError, StateError
 from holdfast.objects import decode_object, encode_object
 
 NAMES = "dcp"
@@ -350,7 +350,13 @@ class UniversalReader(StorageReader):
         """Array by flat key: as DCP wrote it, or as DCP would have."""
         known = {key: name for key, name in self._names().items() if name in self.checkpoint.specs}
         others = set(self.checkpoint.specs) - set(known.values())
-        return known | {key: name for name in sorted(others) for key in _keys_of(name)}
+        found = known | {key: name for name in sorted(others) for key in _keys_of(name)}
+        return found | {key: found[of] for key, of in self._tied().items() if of in found and key not in found}
+
+    def _tied(self) -> dict[str, str]:
+        """Keys of parameters that are stored under another parameter's name."""
+        pairs = self.checkpoint.layout.get("tied", {})
+        return {f"model.{name}": f"model.{of}" for name, of in pairs.items()} if isinstance(pairs, dict) else {}
 
     def _objects(self) -> dict[str, Callable[[], Any]]:
         """How to get the value of every object, by flat key."""
@@ -361,22 +367,20 @@ class UniversalReader(StorageReader):
         }
         for name, text in texts.items():
             if name not in known.values():
-                found |= _objects_of_keepers(name, text)
+                found |= _objects_of_others(name, text)
         return found
 
 
-def _objects_of_keepers(name: str, text: str) -> dict[str, Callable[[], Any]]:
-    """What keepers stored for an optimizer is one object with its groups; DCP asks for the groups."""
-    return {
-        name: lambda: decode_object(text),
-        f"{name}.param_groups": lambda: _groups(name, decode_object(text)),
-    }
+def _objects_of_others(name: str, text: str) -> dict[str, Callable[[], Any]]:
+    """What keepers and importers stored as one object, whole and by its parts: DCP asks for `optim.param_groups.0.lr`."""
+    return {key: partial(copy.deepcopy, value) for key, value in _parts_of(name.replace("/", "."), decode_object(text))}
 
 
-def _groups(name: str, value: Any) -> Any:
-    if not isinstance(value, dict) or "param_groups" not in value:
-        raise LayoutMismatch(f"{name}: the checkpoint has no parameter groups under this name")
-    return value["param_groups"]
+def _parts_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield key, value
+    if isinstance(value, dict | list):
+        for inner, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _parts_of(f"{key}.{inner}", item)
 
 
 @dataclass(frozen=True)
