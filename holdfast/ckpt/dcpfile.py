@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, split_rows
 from holdfast.ckpt.reader import Checkpoint, Progress
 from holdfast.ckpt.stream import check_memory
-from holdfast.ckpt.views import as_bytes
 from holdfast.objects import decode_object
 
 Boxes = Mapping[str, Iterable[Box]]
@@ -118,9 +117,11 @@ class _Planner(SavePlanner):
         name = self.names[write_item.index.fqn]
         tensor = torch.empty(chunk.sizes, dtype=write_item.tensor_data.properties.dtype)
         if tensor.numel():
-            view = as_bytes(tensor.reshape(-1).view(torch.uint8).numpy())
-            request = (name, Box(tuple(chunk.offsets), tuple(chunk.sizes)), view)
+            # By way of a buffer: a tensor that numpy has seen could not give its memory back.
+            buffer = bytearray(tensor.nbytes)
+            request = (name, Box(tuple(chunk.offsets), tuple(chunk.sizes)), buffer)
             self.checkpoint.read_boxes([request], threads=self.threads, progress=self.progress)
+            tensor.copy_(torch.frombuffer(buffer, dtype=tensor.dtype).reshape(tensor.shape))
         self.written = tensor
         return tensor
 

@@ -178,7 +178,7 @@ def _sources(name: str, rule: Rule, local: ArraySpec, size: int, expert: int | N
             )
     lead = () if expert is None else (expert + 1,)
     if not rule.stored:
-        return [replace(local, shape=(*lead, *shape))]
+        return [replace(local, name=name, shape=(*lead, *shape))]
     wild = (matched(rule.match, parameter_of(name)) or ((), None))[0]
     stored = [with_parameter(name, filled(pattern, wild)) for pattern in rule.stored]
     if len(stored) == 1 or rule.tp is None:
