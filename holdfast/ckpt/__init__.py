@@ -4,6 +4,7 @@ from holdfast.ckpt.catalog import StepInfo, is_sound, latest, list_steps, open_c
 from holdfast.ckpt.cuts import LocalArray, Part
 from holdfast.ckpt.live import load, save, save_async
 from holdfast.ckpt.mesh import Mesh
+from holdfast.ckpt.parityfile import Parity
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
 from holdfast.ckpt.reshard import ReshardPlan, plan_reshard
@@ -17,6 +18,7 @@ __all__ = [
     "Damage",
     "LocalArray",
     "Mesh",
+    "Parity",
     "Part",
     "ReshardPlan",
     "Restored",

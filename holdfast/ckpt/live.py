@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.ckpt.parity import add_parity
+from holdfast.ckpt.parityfile import Parity
 from holdfast.errors import LayoutMismatch, StateError
 
 if TYPE_CHECKING:
@@ -19,14 +21,21 @@ if TYPE_CHECKING:
     from holdfast.ckpt.dcp import UniversalWriter
 
 
-def save(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None) -> Path:
-    """The state is a committed step of the run at `path`; returns the step's directory."""
+def save(
+    state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None, parity: Parity | None = None
+) -> Path:
+    """The state is a committed step of the run at `path`; returns the step's directory.
+
+    With `parity` as much of the step as it says may rot and can be repaired; it is written after the step is committed.
+    """
     from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
     from holdfast.ckpt.dcp import UniversalWriter
 
     writer = UniversalWriter(path, step=step)
     dcp_save(state_dict_of(state), storage_writer=writer, no_dist=_is_alone())
+    if parity is not None and writer.checkpoint is not None:  # on the coordinator
+        add_parity(writer.checkpoint, parity)
     return writer.checkpoint or writer.root
 
 

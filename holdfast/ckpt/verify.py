@@ -40,7 +40,7 @@ class Damage:
 
     def __str__(self) -> str:
         rows = f" rows {self.offset[0]}..{self.offset[0] + self.shape[0]}" if self.offset else ""
-        return f"{self.array}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
+        return f"{self.array or self.file}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
 
 
 @dataclass(frozen=True, slots=True)
