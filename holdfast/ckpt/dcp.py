@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -42,15 +43,17 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from holdfast.arrays import Box, Fragment, FragmentTable, dtype_name
+from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, dtype_name
 from holdfast.ckpt.catalog import latest, open_checkpoint
 from holdfast.ckpt.lazy import LazyCapture
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.sharing import Shared, Wish, agree, can_share, exchange, share_out
 from holdfast.ckpt.steps import step_of
 from holdfast.ckpt.views import as_bytes
 from holdfast.ckpt.write import begin, commit, write_fragments
-from holdfast.errors import ConfigError, StateError
+from holdfast.errors import ConfigError, MissingData, StateError
+from holdfast.events import emit
 from holdfast.objects import decode_object, encode_object
 
 NAMES = "dcp"
@@ -281,12 +284,21 @@ class UniversalReader(StorageReader):
     """Reads a universal checkpoint into whatever the state dict holds: any mesh, any placement, each byte checked.
 
     `path` is a run's directory, a step directory, or `RUN@STEP`; it may have been written by keepers, by `UniversalWriter` or by
-    `holdfast convert`.
+    `holdfast convert`. Where a process group carries CPU tensors (gloo), bytes that several ranks want are read by one of them
+    and sent to the others; give `process_group` if `dcp.load` is given one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = 2) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        threads: int = 2,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.path, self.step, self.threads = str(path), step, threads
+        self.path, self.step, self.threads, self.group = str(path), step, threads, process_group
+        self.read_nbytes = 0
         self._opened: Checkpoint | None = None
 
     @property
@@ -319,24 +331,65 @@ class UniversalReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+        """On the coordinator: who reads what several ranks want. The ranks follow what their plans say."""
+        if not can_share(self.group) or len(plans) != dist.get_world_size(self.group):
+            return plans
+        arrays = self._arrays()
+        shared = share_out([[self._wish(item, arrays) for item in _tensor_reads(plan)] for plan in plans])
+        return [replace(plan, storage_data=[one for one in shared if rank in one.ranks]) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         arrays, objects = self._arrays(), self._objects()
-        reads: list[_Landing] = []
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, _as_torch_file(objects[item.storage_index.fqn]()))
-            else:
-                reads.append(_Landing.of(item, planner, self.checkpoint.specs[arrays[item.storage_index.fqn]].dtype))
-        self.checkpoint.read_boxes(
-            [(arrays[read.item.storage_index.fqn], read.box, read.view) for read in reads], threads=self.threads
-        )
-        for read in reads:
-            read.settle(planner)
+        landings: dict[Wish, list[_Landing]] = {}
+        failure: Exception | None = None
+        shared: list[Shared] = plan.storage_data or []
+        try:
+            for item in plan.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, _as_torch_file(objects[item.storage_index.fqn]()))
+            for item in _tensor_reads(plan):
+                wish = self._wish(item, arrays)
+                landings.setdefault(wish, []).append(_Landing.of(item, planner, self.checkpoint.specs[wish.array].dtype))
+            self._read(landings, shared)
+        except Exception as error:
+            failure = error
+        if plan.storage_data is not None:
+            self._share(landings, shared, failure)
+        if failure is not None:
+            raise failure
+        for held in landings.values():
+            for landing in held:
+                landing.settle(planner, held[0])
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read(self, landings: Mapping[Wish, Sequence[_Landing]], shared: Sequence[Shared]) -> None:
+        """What no other rank wants, and this rank's shares of what others want too."""
+        me = dist.get_rank(self.group) if shared else 0
+        together = {one.wish: one.shares for one in shared}
+        requests = [(wish.array, wish.box, held[0].view) for wish, held in landings.items() if wish not in together]
+        requests += [
+            (wish.array, share.rows, landings[wish][0].view[share.start : share.stop])
+            for wish, shares in together.items()
+            for share in shares
+            if share.reader == me
+        ]
+        self.checkpoint.read_boxes(requests, threads=self.threads)
+        self.read_nbytes = sum(len(view) for _, _, view in requests)
+
+    def _share(self, landings: Mapping[Wish, Sequence[_Landing]], shared: Sequence[Shared], failure: Exception | None) -> None:
+        """Nobody waits for a rank that could not read: all agree first on whether all could."""
+        failed = agree(failure is not None, self.group)
+        if failed is None:
+            received = exchange(shared, lambda wish: landings[wish][0].flat, self.group)
+            emit("ckpt.shared", step=self.checkpoint.step, read_nbytes=self.read_nbytes, received_nbytes=received)
+        elif failure is None:
+            raise MissingData(f"{self.checkpoint.path}: rank {failed} could not read its share; its own error says why")
+
+    def _wish(self, item: ReadItem, arrays: Mapping[str, str]) -> Wish:
+        name, box = arrays[item.storage_index.fqn], Box(tuple(item.storage_offsets), tuple(item.lengths))
+        return Wish(name, box, box.size * ITEMSIZE[self.checkpoint.specs[name].dtype])
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -399,17 +452,22 @@ class _Landing:
         return cls(item, target, buffer)
 
     @property
-    def box(self) -> Box:
-        return Box(tuple(self.item.storage_offsets), tuple(self.item.lengths))
-
-    @property
     def view(self) -> memoryview:
         return _view(self.buffer)
 
-    def settle(self, planner: LoadPlanner) -> None:
-        if self.buffer is not self.target:
-            self.target.copy_(self.buffer)
+    @property
+    def flat(self) -> torch.Tensor:
+        return self.buffer.reshape(-1).view(torch.uint8)
+
+    def settle(self, planner: LoadPlanner, read: _Landing) -> None:
+        """The target holds what was read, into this landing or into another one for the same box."""
+        if read.buffer is not self.target:
+            self.target.copy_(read.buffer)
         planner.commit_tensor(self.item, self.target)
+
+
+def _tensor_reads(plan: LoadPlan) -> list[ReadItem]:
+    return [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
 
 
 def _as_torch_file(value: Any) -> io.BytesIO:
