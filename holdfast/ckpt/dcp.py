@@ -45,6 +45,7 @@ from torch.futures import Future
 
 from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, dtype_name
 from holdfast.ckpt.catalog import latest, open_checkpoint
+from holdfast.ckpt.dual import with_heads, write_heads
 from holdfast.ckpt.lazy import LazyCapture
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
@@ -99,13 +100,15 @@ class UniversalWriter(StorageWriter):
     `path` is the run's directory, or a step directory in it. Without `step` the number after the newest one is taken. With
     `dcp.async_save` the writer is its own stager: the call returns at once, tensors are copied behind the forward pass, and the
     next optimizer step waits for what is not copied yet.
+
+    dual: large arrays are safetensors files at the same time, and are exported without a copy.
     """
 
     _synchronize_after_execute = False  # torch takes an object without this name for no stager at all
 
-    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = 2) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = 2, dual: bool = False) -> None:
         super().__init__()
-        self.threads = threads
+        self.threads, self.dual = threads, dual
         self._step = step
         self._capture: LazyCapture | None = None
         self._set_path(path)
@@ -141,7 +144,9 @@ class UniversalWriter(StorageWriter):
         keys = {item.index.fqn: names.get(item.index.fqn, item.index.fqn) for plan in plans for item in plan.items}
         step = self._choose_step()
         write = plan_write(FragmentTable.from_rows(rows), step=step, layout={"world": len(plans), NAMES: keys})
+        write = with_heads(write) if self.dual else write
         directory = begin(self.root, write, f"dcp-{os.getpid()}-{os.urandom(4).hex()}")
+        write_heads(directory, write)
         self._task = _Task(directory, write, 0, keys)
         return [replace(plan, storage_data=_task_for(plan, directory, write, rank, keys)) for rank, plan in enumerate(plans)]
 

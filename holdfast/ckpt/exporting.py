@@ -7,12 +7,14 @@ copied. All others are streamed.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.arrays import ArraySpec, Box
 from holdfast.ckpt.cuts import LocalArray, Part
+from holdfast.ckpt.dual import can_be_dual, tensor_name
 from holdfast.ckpt.durable import check_room, sync_files
 from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.reader import Checkpoint, Progress
@@ -21,7 +23,8 @@ from holdfast.ckpt.restore import fresh_directory
 from holdfast.ckpt.rules import Rules
 from holdfast.ckpt.safetensors import write_skeleton
 from holdfast.ckpt.stream import DEFAULT_MEMORY_NBYTES, Destination, stream
-from holdfast.errors import ConfigError
+from holdfast.ckpt.verify import verify_array
+from holdfast.errors import ConfigError, CorruptData
 
 FILE_NBYTES = 5_000_000_000
 """What Hugging Face calls a shard is at most this large, unless one tensor alone is larger."""
@@ -61,18 +64,47 @@ def export_safetensors(
     if not picked:
         raise ConfigError(f"{checkpoint.path}: no array is in group {group!r}; it has {', '.join(_groups(checkpoint))}")
     tensors = _tensors(picked, group, rules)
-    files = _files(tensors, file_nbytes)
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
     out = Path(out)
+    linked = _linkable(checkpoint, tensors, out)
+    files = _files({name: tensor for name, tensor in tensors.items() if name not in linked}, file_nbytes, len(linked))
+    streamed, nbytes = list(files), sum(tensor.nbytes for tensor in tensors.values())
+    files |= {_numbered(len(streamed) + 1 + number, len(streamed) + len(linked)): [name] for number, name in enumerate(linked)}
+    linked_nbytes = sum(tensors[name].nbytes for name in linked)
     if not dry_run:
         with fresh_directory(out) as place:
-            check_room(out, nbytes)
-            for file, names in files.items():
-                _write(checkpoint, place / file, {name: tensors[name] for name in names}, max_memory_nbytes, progress)
+            check_room(out, nbytes - linked_nbytes)
+            for file in streamed:
+                chosen_here = {name: tensors[name] for name in files[file]}
+                _write(checkpoint, place / file, chosen_here, max_memory_nbytes, progress)
+            for file, name in zip(list(files)[len(streamed) :], linked, strict=True):
+                _link(checkpoint, linked[name], place / file, progress)
             if len(files) > 1:
                 _write_index(place, files, nbytes)
             sync_files(place.iterdir())
-    return Exported(str(out), checkpoint.step, tuple(files), len(tensors), nbytes)
+    return Exported(str(out), checkpoint.step, tuple(files), len(tensors), nbytes, linked_nbytes)
+
+
+def _linkable(checkpoint: Checkpoint, tensors: Mapping[str, LocalArray], out: Path) -> dict[str, str]:
+    """Tensors whose shard is a safetensors file of exactly them, on the filesystem that they go to: array by tensor."""
+    above = next(place for place in out.absolute().parents if place.exists())
+    if os.stat(above).st_dev != os.stat(checkpoint.path).st_dev:
+        return {}
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        array = tensor.parts[0].array if tensor.parts else ""
+        layout = checkpoint.layouts.get(array)
+        whole = layout is not None and tensor.parts[0].box == Box.whole(layout.spec.shape) and tensor.shape == layout.spec.shape
+        if layout is not None and whole and layout.head_nbytes and can_be_dual(layout) and tensor_name(layout) == name:
+            found[name] = array
+    return found
+
+
+def _link(checkpoint: Checkpoint, array: str, path: Path, progress: Progress | None) -> None:
+    """The file is the checkpoint's own, after every byte of it has been checked."""
+    damage = next(iter(verify_array(checkpoint, array, progress)), None)
+    if damage is not None:
+        raise CorruptData(f"step {checkpoint.step}, {damage}; nothing of it was exported")
+    os.link(checkpoint.path / checkpoint.layouts[array].file(0), path)
 
 
 def _tensors(specs: Mapping[str, ArraySpec], group: str, rules: Rules | None) -> dict[str, LocalArray]:
@@ -91,8 +123,10 @@ def _groups(checkpoint: Checkpoint) -> list[str]:
     return sorted({name.split("/", 1)[0] for name in checkpoint.specs})
 
 
-def _files(tensors: Mapping[str, LocalArray], file_nbytes: int) -> dict[str, list[str]]:
-    """Names by file, filled in order of name."""
+def _files(tensors: Mapping[str, LocalArray], file_nbytes: int, others: int) -> dict[str, list[str]]:
+    """Names by file, filled in order of name; `others` is how many files there are besides."""
+    if not tensors:
+        return {}
     groups: list[list[str]] = [[]]
     held = 0
     for name in sorted(tensors):
@@ -101,9 +135,13 @@ def _files(tensors: Mapping[str, LocalArray], file_nbytes: int) -> dict[str, lis
             held = 0
         groups[-1].append(name)
         held += tensors[name].nbytes
-    if len(groups) == 1:
+    if len(groups) + others == 1:
         return {"model.safetensors": groups[0]}
-    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": names for number, names in enumerate(groups, 1)}
+    return {_numbered(number, len(groups) + others): names for number, names in enumerate(groups, 1)}
+
+
+def _numbered(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _write(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable, split_rows
+from holdfast.ckpt.dual import INDEX, with_heads, write_heads
 from holdfast.ckpt.durable import disk_errors
 from holdfast.ckpt.foreign.deepspeed import find_deepspeed, open_deepspeed
 from holdfast.ckpt.foreign.join import Held, join
@@ -97,23 +98,28 @@ def import_checkpoint(
     step: int | None = None,
     threads: int = 2,
     max_memory_nbytes: int | None = None,
+    dual: bool = False,
     progress: Progress | None = None,
 ) -> Path:
     """The source as a committed step of the run at `root`: `step`, or the one that the source says it is, or 0.
 
-    After an error nothing of it is left behind.
+    With `dual` large arrays are safetensors files at the same time, and can be exported without a copy. After an error nothing of
+    it is left behind.
     """
     piece = min(PIECE_NBYTES, max(1 << 20, (max_memory_nbytes or 1 << 40) // (8 * threads)))
     rows = list(_rows(source.arrays, piece))
     number = source.step if step is None else step
     layout = {**source.layout, "world": 1, "imported_from": source.kind}
     plan = plan_write(FragmentTable.from_rows(rows), step=number or 0, layout=layout)
+    plan = with_heads(plan) if dual else plan
     directory = begin(root, plan, f"import-{os.getpid()}-{os.urandom(4).hex()}")
 
     def read(row: Fragment) -> memoryview:
         return source.arrays[row.array].read(row.box)
 
     try:
+        with disk_errors("importing to", directory):
+            write_heads(directory, plan)
         write_fragments(directory, plan, 0, rows, read, threads=threads, progress=progress)
         objects = {name: encode_object(value, name) for name, value in source.objects.items()}
         return commit(root, directory, plan, nodes=[0], objects={0: objects})
@@ -138,6 +144,7 @@ def _open_safetensors(path: Path) -> Source:
     arrays: dict[str, SourceArray] = {}
     for file in files:
         tensors, _ = read_header(file)
+        tensors.pop(INDEX, None)  # the Zarr side of a shard that is both
         data = _mapped(file)
         for name, tensor in tensors.items():
             if name in arrays:

@@ -16,6 +16,7 @@ from pathlib import Path
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
 from holdfast.ckpt.catalog import find_step, open_checkpoint
+from holdfast.ckpt.dual import head
 from holdfast.ckpt.durable import disk_errors, replace_durably, sync_path
 from holdfast.ckpt.manifest import DOCUMENTS, StoredRun, read_checked, read_commit
 from holdfast.ckpt.parity import ParityCheck, check_parity, repair_from_parity
@@ -180,7 +181,9 @@ def _is_covered(checkpoint: Checkpoint, damage: Damage, patches: list[_Patch]) -
         and patch.byte_offset < damage.byte_offset + damage.nbytes
         and damage.byte_offset < patch.byte_offset + len(patch.data)
     )
-    return damage.byte_offset >= ends or held >= min(damage.nbytes, ends - damage.byte_offset)
+    begins = min(run.run.byte_offset for run in checkpoint.runs(damage.array) if run.run.file == damage.file)
+    around = damage.byte_offset >= ends or damage.byte_offset + damage.nbytes <= begins  # it follows from the layout
+    return around or held >= min(damage.nbytes, ends - damage.byte_offset)
 
 
 def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
@@ -200,6 +203,8 @@ def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
             os.pwrite(fd, patch.data, patch.byte_offset)
         layout, shard = _shard_of(checkpoint, file)
         os.ftruncate(fd, layout.data_nbytes(shard))
+        if layout.head_nbytes:
+            os.pwrite(fd, head(layout), 0)
         if not layout.is_plain:
             os.pwrite(fd, shard_index(layout, shard), layout.data_nbytes(shard))
         os.fsync(fd)

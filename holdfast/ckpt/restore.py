@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.arrays import ArraySpec, Box, Fragment, FragmentTable, split_rows
+from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable, split_rows
 from holdfast.ckpt.catalog import open_checkpoint
 from holdfast.ckpt.cuts import LocalArray
 from holdfast.ckpt.durable import check_room, disk_errors, sync_files
@@ -29,6 +29,9 @@ from holdfast.ckpt.write import begin, commit, write_fragments
 from holdfast.errors import ConfigError
 
 FORMATS = ("torch", "safetensors", "universal", "dcp")
+
+PROBE_PARTS, PROBE_NBYTES, PROBE_S = 32, 4 << 20, 0.5
+"""A dry run reads at most so much to say how fast the storage is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,13 @@ class Restored:
     memory_nbytes: int
     dry_run: bool
     seconds: float
+    read_nbytes_per_s: float | None = None
+    """What a dry run measured, reading a little of the checkpoint; a page cache that is warm makes it better than the disk is."""
+
+    @property
+    def estimated_s(self) -> float | None:
+        """How long the reading alone would take, after a dry run."""
+        return self.read_nbytes / self.read_nbytes_per_s if self.read_nbytes_per_s else None
 
     @property
     def read_amplification(self) -> float:
@@ -109,7 +119,27 @@ def restore(
         memory_nbytes=min(max_memory_nbytes, sum(plan.rank_nbytes) * 2 + threads * (8 << 20)),
         dry_run=dry_run,
         seconds=time.monotonic() - started_s,
+        read_nbytes_per_s=probe_read(checkpoint, plan, threads) if dry_run else None,
     )
+
+
+def probe_read(checkpoint: Checkpoint, plan: ReshardPlan, threads: int) -> float | None:
+    """Bytes per second of reading some of what the plan reads, checked, for PROBE_S at most; None when there is nothing to read.
+
+    Damage that it meets is raised: better before a restore than in the middle of it.
+    """
+    parts = [part for local, _ in plan.replicas for part in local.parts]
+    parts = parts[:: max(1, len(parts) // PROBE_PARTS)]
+    nbytes, started_s = 0, time.monotonic()
+    for part in parts:
+        spec = checkpoint.specs[part.array]
+        itemsize = ITEMSIZE[spec.dtype]
+        box = split_rows(part.box, itemsize, PROBE_NBYTES)[0]
+        checkpoint.read_box(part.array, box, bytearray(box.size * itemsize), threads=threads)
+        nbytes += box.size * itemsize
+        if time.monotonic() - started_s > PROBE_S:
+            break
+    return nbytes / max(time.monotonic() - started_s, 1e-9) if nbytes else None
 
 
 @contextmanager

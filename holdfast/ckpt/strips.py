@@ -40,12 +40,16 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk."""
+    """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk.
+
+    `head_nbytes` stand in front of the data of a file that is a safetensors file too (`dual.py`).
+    """
 
     spec: ArraySpec
     strip: Shape
     chunk: Shape
     shard_rows: int
+    head_nbytes: int = 0
 
     @property
     def rows(self) -> int:
@@ -87,7 +91,7 @@ class ArrayLayout:
 
     def data_nbytes(self, shard: int) -> int:
         """Where the data of a shard ends and its index begins."""
-        return self.stored_rows(shard) * self.row_nbytes * math.prod(self.strip_grid)
+        return self.head_nbytes + self.stored_rows(shard) * self.row_nbytes * math.prod(self.strip_grid)
 
     def runs(self, box: Box) -> list[Run]:
         """The contiguous byte ranges that hold `box`, in the order of the box's own bytes where that is possible."""
@@ -104,7 +108,7 @@ class ArrayLayout:
         for where in product(*map(_touched, box.offset[1:], box.end[1:], self.strip)):
             corner = tuple(index * width for index, width in zip(where, self.strip, strict=True))
             strip = Box((rows.offset[0], *corner), (rows.shape[0], *self.strip))
-            base = flat_index(where, self.strip_grid) * strip_nbytes
+            base = self.head_nbytes + flat_index(where, self.strip_grid) * strip_nbytes
             common = box.intersect(strip)
             assert common is not None
             for held in contiguous_parts(self._padded(common, strip), strip):

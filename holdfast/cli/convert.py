@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--inert", action="append", default=[], metavar="CLASS", help="pass over objects of this class in torch files"
     )
+    parser.add_argument(
+        "--dual", action="store_true", help="write large arrays as safetensors files too, to export them without a copy"
+    )
     parser.add_argument("--group", default="model", help="the group that names get or lose (default: model)")
     parser.add_argument("--only", metavar="PATTERN", help="only arrays whose name matches (exports)")
     parser.add_argument("--file-size", type=parse_size, default=FILE_NBYTES, metavar="SIZE", help="default: 5GB a file")
@@ -59,7 +62,12 @@ def _import(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         with progress("importing", source.nbytes) as advance:
             path = import_checkpoint(
-                source, arguments.out, step=arguments.step, max_memory_nbytes=arguments.max_memory, progress=advance
+                source,
+                arguments.out,
+                step=arguments.step,
+                max_memory_nbytes=arguments.max_memory,
+                dual=arguments.dual,
+                progress=advance,
             )
     if arguments.json:
         print_json(

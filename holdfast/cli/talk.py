@@ -30,9 +30,14 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, default=_plain, indent=1))
 
 
+def vars_of(value: Any) -> dict[str, Any]:
+    """A dataclass's fields by name."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return vars_of(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
