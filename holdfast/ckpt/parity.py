@@ -178,11 +178,6 @@ class ParityCheck:
     def is_repairable(self) -> bool:
         return not self.lost
 
-    @property
-    def files(self) -> list[str]:
-        """Files that a repair would change."""
-        return sorted({*self.stream.files_of(self.repairable), *self.wrong_files})
-
 
 def check_parity(directory: Path, progress: Progress | None = None) -> ParityCheck | None:
     """Every block of the step and of its parity against its checksum; None where no parity can be used."""
@@ -255,25 +250,46 @@ def _sound_parity(
     return sound
 
 
-def repair_from_parity(directory: Path, check: ParityCheck, progress: Progress | None = None) -> list[str]:
-    """Every repairable block is right again, each file replaced whole; returns the files."""
+def repair_from_parity(directory: Path, check: ParityCheck, *, dry_run: bool = False) -> list[str]:
+    """Every repairable block is right again, each damaged file replaced whole; returns the files."""
     copies: dict[str, Path] = {}
+    changed = set(check.wrong_files)
     with disk_errors("repairing", directory):
-        for first, last in _column_ranges(check.stream):
-            mine = {b for b in check.repairable if first <= b % check.stream.columns < last}
-            if mine:
-                for block, data in _rebuilt(directory, check, first, last, mine):
-                    _patch(directory, check.stream, block, data, copies)
-        for name in check.wrong_files:
-            if not any(name in check.stream.files_of([block]) for block in check.lost):
+        for name, offset, data in _patches(directory, check):
+            changed.add(name)
+            if not dry_run:
+                with open(_copy(directory, name, copies), "r+b") as file:
+                    file.seek(offset)
+                    file.write(data)
+        unsound = set(check.stream.files_of(check.lost))
+        if not dry_run:
+            for name in set(check.wrong_files) - unsound:
                 _copy(directory, name, copies)
-        sizes = dict(check.stream.files)
-        for name, copy in copies.items():
-            os.truncate(copy, sizes[name])
-            sync_path(copy)
-            os.replace(copy, directory / name)
-            sync_path((directory / name).parent)
-    return sorted(copies)
+            _put_in_place(directory, dict(check.stream.files), copies)
+    return sorted(changed)
+
+
+def _patches(directory: Path, check: ParityCheck) -> Iterator[tuple[str, int, memoryview]]:
+    """(file, offset, bytes) wherever rebuilt blocks differ from what the files hold; a block may touch files that are sound."""
+    stream = check.stream
+    for first, last in _column_ranges(stream):
+        mine = {block for block in check.repairable if first <= block % stream.columns < last}
+        for block, data in _rebuilt(directory, check, first, last, mine) if mine else ():
+            at, start = 0, block * stream.block_nbytes
+            for name, offset, count in stream.pieces(start, start + stream.block_nbytes):
+                held = bytearray(count)
+                _read_file(directory / name, offset, memoryview(held))
+                if held != data[at : at + count]:
+                    yield name, offset, data[at : at + count]
+                at += count
+
+
+def _put_in_place(directory: Path, sizes: Mapping[str, int], copies: Mapping[str, Path]) -> None:
+    for name, copy in copies.items():
+        os.truncate(copy, sizes[name])
+        sync_path(copy)
+        os.replace(copy, directory / name)
+        sync_path((directory / name).parent)
 
 
 def _rebuilt(directory: Path, check: ParityCheck, first: int, last: int, blocks: set[int]) -> Iterator[tuple[int, memoryview]]:
@@ -298,18 +314,6 @@ def _rebuilt(directory: Path, check: ParityCheck, first: int, last: int, blocks:
             if int(crc32c_blocks(block, stream.block_nbytes)[0]) != int(expected[number]):
                 raise CorruptData(f"{directory}: block {number} rebuilt from parity has not its checksum; nothing was replaced")
             yield number, memoryview(block)
-
-
-def _patch(directory: Path, stream: Stream, block: int, data: memoryview, copies: dict[str, Path]) -> None:
-    at = 0
-    start = block * stream.block_nbytes
-    for name, offset, count in stream.pieces(start, start + stream.block_nbytes):
-        fd = os.open(_copy(directory, name, copies), os.O_WRONLY)
-        try:
-            os.pwrite(fd, data[at : at + count], offset)
-        finally:
-            os.close(fd)
-        at += count
 
 
 def _copy(directory: Path, name: str, copies: dict[str, Path]) -> Path:

@@ -77,7 +77,7 @@ def repair(
 
 def _by_parity(directory: Path, check: ParityCheck, dry_run: bool) -> Repaired:
     """What parity alone puts right; what it cannot is listed by files, for only the documents know arrays."""
-    files = check.files if dry_run else repair_from_parity(directory, check)
+    files = repair_from_parity(directory, check, dry_run=dry_run)
     lost = [_lost(check, block) for block in check.lost]
     if not dry_run and not lost:
         lost = list(open_directory(directory).verify().damages)

@@ -161,7 +161,7 @@ def fresh_directory(out: Path) -> Iterator[Path]:
 
 
 def _rank_info(plan: ReshardPlan, format: str, rank: int, step: int) -> RestoredRank:
-    shared = {"universal": f"step-{step:08d}", "dcp": "."}
+    shared = {"universal": f"step-{step:08d}", "dcp": "*.distcp"}
     file = shared.get(format) or _file(format, rank, plan.mesh.ranks)
     return RestoredRank(rank, file, len(plan.ranks[rank]), plan.rank_nbytes[rank])
 
