@@ -326,8 +326,8 @@ class UniversalReader(StorageReader):
             whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(spec.shape)), sizes=size)
             properties = TensorProperties(dtype=getattr(torch, spec.dtype))
             entries[key] = TensorStorageMetadata(properties=properties, size=size, chunks=[whole])
-        entries |= {key: BytesStorageMetadata() for key in self._objects()}
-        return Metadata(state_dict_metadata=entries)
+        objects = {key: BytesStorageMetadata() for key in self._objects()}
+        return Metadata(state_dict_metadata={**objects, **entries})  # a part of an object never hides an array
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -425,7 +425,7 @@ class UniversalReader(StorageReader):
         }
         for name, text in texts.items():
             if name not in known.values():
-                found |= _objects_of_others(name, text)
+                found = _objects_of_others(name, text) | found
         return found
 
 

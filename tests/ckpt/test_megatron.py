@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_ranks_that_differ_where_they_should_not_are_named_with_the_rule_to_give
     checkpoint = ckpt.open_checkpoint(import_checkpoint(open_source(tmp_path / "megatron", rules=both), tmp_path / "run"))
     mean = ((models[0][name].double() + models[1][name].double()) / 2).float()
     assert torch.equal(read(checkpoint, "model/layers.2.self_attention.linear_qkv.norm.weight"), mean)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, "do not say whether linear_fc1 is gated"),
+        ({"swiglu": True, "group_query_attention": True, "num_query_groups": 1}, "1 query groups on 2 tensor ranks"),
+    ],
+)
+def test_what_the_files_leave_open_is_asked_for_and_not_guessed(tmp_path, monkeypatch, arguments, words):
+    about = {"args": argparse.Namespace(**arguments), "iteration": 7}
+    monkeypatch.setattr(megatron_files, "_about", lambda shape: about)
+    megatron_files.write(tmp_path / "megatron", state(DENSE), DENSE, tp=2)
+    with pytest.raises(LayoutMismatch, match=words):
+        open_source(tmp_path / "megatron")
 
 
 def test_a_missing_rank_is_named(tmp_path, rules):

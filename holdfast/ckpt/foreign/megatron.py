@@ -22,7 +22,7 @@ from holdfast.ckpt.foreign.join import Held, join
 from holdfast.ckpt.foreign.source import Source, tensor_source
 from holdfast.ckpt.foreign.torchfiles import field_of, load_torch
 from holdfast.ckpt.rules import Rule, Rules
-from holdfast.errors import MissingData, NotACheckpoint, UnsupportedFormat
+from holdfast.errors import LayoutMismatch, MissingData, NotACheckpoint, UnsupportedFormat
 
 INERT = (
     "megatron",
@@ -96,10 +96,10 @@ def open_megatron(path: Path, inert: Sequence[str] = (), rules: Rules | None = N
     ranks = _ranks(directory)
     documents = {where: load_torch(file, (*INERT, *inert)) for where, file in ranks.items()}
     first = documents[min(documents)]
-    chosen = rules or rules_of_megatron(_vocabulary(first), bool(field_of(first.get("args"), "swiglu")))
+    tp, pp, ep = (1 + max(where[axis] for where in ranks) for axis in range(3))
+    chosen = rules or _built_in(directory, first, tp)
     held = list(_held(documents, group))
     iteration = first.get("iteration")
-    tp, pp, ep = (1 + max(where[axis] for where in ranks) for axis in range(3))
     layout = {"megatron": {"tp": tp, "pp": pp, "ep": ep}}
     step = iteration if type(iteration) is int else None
     return Source("megatron", join(held, chosen), {}, step, layout, tuple(_left_out(first)))
@@ -144,6 +144,24 @@ def _tensors(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             yield from _tensors(item, (*path, str(key).replace("/", ".")))
     elif hasattr(value, "untyped_storage") and not path[-1].endswith("_extra_state"):
         yield ".".join(path), value
+
+
+def _built_in(directory: Path, document: Mapping[str, Any], tp: int) -> Rules:
+    """The built-in rules, where the run's arguments say all that they need. Guesses could put rows in a wrong order."""
+    arguments = document.get("args")
+    gated = [field_of(arguments, name) for name in ("swiglu", "gated_linear_unit", "quick_geglu")]
+    if tp > 1 and all(answer is None for answer in gated):
+        raise LayoutMismatch(
+            f"{directory}: its arguments do not say whether linear_fc1 is gated, which decides how {tp} tensor ranks cut it; "
+            "give --rules (docs/ckpt.md)"
+        )
+    groups = field_of(arguments, "num_query_groups")
+    if field_of(arguments, "group_query_attention") and type(groups) is int and groups % tp:
+        raise LayoutMismatch(
+            f"{directory}: {groups} query groups on {tp} tensor ranks: some ranks hold copies of others' keys and values, which "
+            "the built-in rules do not know; save it once with fewer tensor ranks"
+        )
+    return rules_of_megatron(_vocabulary(document), any(gated))
 
 
 def _vocabulary(document: Mapping[str, Any]) -> int | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from holdfast.arrays import ITEMSIZE, ArraySpec, Box
+from holdfast.arrays import ArraySpec, Box
 from holdfast.ckpt.strips import flat_offset
 
 
@@ -66,7 +66,3 @@ def tensor_bytes(tensor: Any) -> memoryview:
 
 def dtype_of(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def element_nbytes(spec: ArraySpec) -> int:
-    return ITEMSIZE[spec.dtype]
