@@ -58,7 +58,8 @@ def layout_of(name: str, document: Any) -> ArrayLayout:
         else:
             strip = tuple(map(_extent, document["attributes"]["holdfast"]["strip"]))
             head = _extent(document["attributes"]["holdfast"].get("head_nbytes", 0))
-            layout = ArrayLayout(spec, strip, tuple(map(_extent, codec["configuration"]["chunk_shape"])), outer[0], head)
+            chunk = tuple(map(_extent, codec["configuration"]["chunk_shape"]))
+            layout = ArrayLayout(spec, strip, chunk, outer[0], head_nbytes=head)
         _check_grid(layout)
         sound = document == array_document(layout)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, StateError) as error:
