@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future as PoolFuture
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -43,16 +44,19 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from holdfast.arrays import Box, Fragment, FragmentTable, dtype_name
+from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, dtype_name
 from holdfast.ckpt.catalog import latest, open_checkpoint
+from holdfast.ckpt.dual import with_heads, write_heads
 from holdfast.ckpt.lazy import LazyCapture
 from holdfast.ckpt.plan import PARENT, WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.sharing import Shared, Wish, agree, can_share, exchange, share_out
 from holdfast.ckpt.steps import step_of
-from holdfast.ckpt.storage import Place, is_remote, place
+from holdfast.ckpt.storage import Place, is_remote, local, place
 from holdfast.ckpt.views import as_bytes
 from holdfast.ckpt.write import begin, commit, write_fragments
-from holdfast.errors import ConfigError, LayoutMismatch, StateError
+from holdfast.errors import ConfigError, MissingData, StateError
+from holdfast.events import emit
 from holdfast.objects import decode_object, encode_object
 
 NAMES = "dcp"
@@ -103,6 +107,7 @@ class UniversalWriter(StorageWriter):
     direct: write past the page cache (O_DIRECT), where the filesystem lets it.
     compress: zstd levels by shell pattern over stored names, such as {"optim/*": 3}; off by default.
     incremental: what the newest sound step has already becomes a hard link to it (directories only).
+    dual: large arrays are safetensors files at the same time, and are exported without a copy (directories only).
     """
 
     _synchronize_after_execute = False  # torch takes an object without this name for no stager at all
@@ -116,9 +121,11 @@ class UniversalWriter(StorageWriter):
         direct: bool = False,
         compress: Mapping[str, int] | None = None,
         incremental: bool = False,
+        dual: bool = False,
     ) -> None:
         super().__init__()
         self.threads, self.direct, self.compress, self.incremental = threads, direct, compress, incremental
+        self.dual = dual
         self._step = step
         self._capture: LazyCapture | None = None
         self.background: Any = None
@@ -136,6 +143,8 @@ class UniversalWriter(StorageWriter):
             raise ConfigError(f"{where} is the directory of step {named}, but step={self._step} was given")
         if self.incremental and is_remote(where):
             raise ConfigError(f"{where}: object stores have no links; incremental saves need a directory")
+        if self.dual and (self.incremental or is_remote(where)):
+            raise ConfigError(f"{where}: dual=True works in directories, and not with incremental=True")
 
     # -- the interface of DCP --
 
@@ -165,7 +174,10 @@ class UniversalWriter(StorageWriter):
         layout = {"world": len(plans), NAMES: keys, **({PARENT: parent} if parent is not None else {})}
         table, remote = FragmentTable.from_rows(rows), is_remote(self.root)
         write = plan_write(table, step=step, layout=layout, whole_files=remote, compress=self.compress)
+        write = with_heads(write) if self.dual else write
         directory = begin(self.root, write, f"dcp-{os.getpid()}-{os.urandom(4).hex()}")
+        if self.dual:
+            write_heads(local(directory, "dual"), write)
         self._task = _Task(str(directory), write, 0, keys, parent)
         return [replace(plan, storage_data=_task_for(plan, self._task, rank)) for rank, plan in enumerate(plans)]
 
@@ -337,12 +349,21 @@ class UniversalReader(StorageReader):
     """Reads a universal checkpoint into whatever the state dict holds: any mesh, any placement, each byte checked.
 
     `path` is a run's directory, a step directory, or `RUN@STEP`; it may have been written by keepers, by `UniversalWriter` or by
-    `holdfast convert`.
+    `holdfast convert`. Where a process group carries CPU tensors (gloo), bytes that several ranks want are read by one of them
+    and sent to the others; give `process_group` if `dcp.load` is given one.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = 2) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        threads: int = 2,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
-        self.path, self.step, self.threads = str(path), step, threads
+        self.path, self.step, self.threads, self.group = str(path), step, threads, process_group
+        self.read_nbytes = 0
         self._opened: Checkpoint | None = None
 
     @property
@@ -365,8 +386,8 @@ class UniversalReader(StorageReader):
             whole = ChunkStorageMetadata(offsets=torch.Size([0] * len(spec.shape)), sizes=size)
             properties = TensorProperties(dtype=getattr(torch, spec.dtype))
             entries[key] = TensorStorageMetadata(properties=properties, size=size, chunks=[whole])
-        entries |= {key: BytesStorageMetadata() for key in self._objects()}
-        return Metadata(state_dict_metadata=entries)
+        objects = {key: BytesStorageMetadata() for key in self._objects()}
+        return Metadata(state_dict_metadata={**objects, **entries})  # a part of an object never hides an array
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -375,24 +396,65 @@ class UniversalReader(StorageReader):
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
+        """On the coordinator: who reads what several ranks want. The ranks follow what their plans say."""
+        if not can_share(self.group) or len(plans) != dist.get_world_size(self.group):
+            return plans
+        arrays = self._arrays()
+        shared = share_out([[self._wish(item, arrays) for item in _tensor_reads(plan)] for plan in plans])
+        return [replace(plan, storage_data=[one for one in shared if rank in one.ranks]) for rank, plan in enumerate(plans)]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         arrays, objects = self._arrays(), self._objects()
-        reads: list[_Landing] = []
-        for item in plan.items:
-            if item.type == LoadItemType.BYTE_IO:
-                planner.load_bytes(item, _as_torch_file(objects[item.storage_index.fqn]()))
-            else:
-                reads.append(_Landing.of(item, planner, self.checkpoint.specs[arrays[item.storage_index.fqn]].dtype))
-        self.checkpoint.read_boxes(
-            [(arrays[read.item.storage_index.fqn], read.box, read.view) for read in reads], threads=self.threads
-        )
-        for read in reads:
-            read.settle(planner)
+        landings: dict[Wish, list[_Landing]] = {}
+        failure: Exception | None = None
+        shared: list[Shared] = plan.storage_data or []
+        try:
+            for item in plan.items:
+                if item.type == LoadItemType.BYTE_IO:
+                    planner.load_bytes(item, _as_torch_file(objects[item.storage_index.fqn]()))
+            for item in _tensor_reads(plan):
+                wish = self._wish(item, arrays)
+                landings.setdefault(wish, []).append(_Landing.of(item, planner, self.checkpoint.specs[wish.array].dtype))
+            self._read(landings, shared)
+        except Exception as error:
+            failure = error
+        if plan.storage_data is not None:
+            self._share(landings, shared, failure)
+        if failure is not None:
+            raise failure
+        for held in landings.values():
+            for landing in held:
+                landing.settle(planner, held[0])
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _read(self, landings: Mapping[Wish, Sequence[_Landing]], shared: Sequence[Shared]) -> None:
+        """What no other rank wants, and this rank's shares of what others want too."""
+        me = dist.get_rank(self.group) if shared else 0
+        together = {one.wish: one.shares for one in shared}
+        requests = [(wish.array, wish.box, held[0].view) for wish, held in landings.items() if wish not in together]
+        requests += [
+            (wish.array, share.rows, landings[wish][0].view[share.start : share.stop])
+            for wish, shares in together.items()
+            for share in shares
+            if share.reader == me
+        ]
+        self.checkpoint.read_boxes(requests, threads=self.threads)
+        self.read_nbytes = sum(len(view) for _, _, view in requests)
+
+    def _share(self, landings: Mapping[Wish, Sequence[_Landing]], shared: Sequence[Shared], failure: Exception | None) -> None:
+        """Nobody waits for a rank that could not read: all agree first on whether all could."""
+        failed = agree(failure is not None, self.group)
+        if failed is None:
+            received = exchange(shared, lambda wish: landings[wish][0].flat, self.group)
+            emit("ckpt.shared", step=self.checkpoint.step, read_nbytes=self.read_nbytes, received_nbytes=received)
+        elif failure is None:
+            raise MissingData(f"{self.checkpoint.path}: rank {failed} could not read its share; its own error says why")
+
+    def _wish(self, item: ReadItem, arrays: Mapping[str, str]) -> Wish:
+        name, box = arrays[item.storage_index.fqn], Box(tuple(item.storage_offsets), tuple(item.lengths))
+        return Wish(name, box, box.size * ITEMSIZE[self.checkpoint.specs[name].dtype])
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -406,7 +468,13 @@ class UniversalReader(StorageReader):
         """Array by flat key: as DCP wrote it, or as DCP would have."""
         known = {key: name for key, name in self._names().items() if name in self.checkpoint.specs}
         others = set(self.checkpoint.specs) - set(known.values())
-        return known | {key: name for name in sorted(others) for key in _keys_of(name)}
+        found = known | {key: name for name in sorted(others) for key in _keys_of(name)}
+        return found | {key: found[of] for key, of in self._tied().items() if of in found and key not in found}
+
+    def _tied(self) -> dict[str, str]:
+        """Keys of parameters that are stored under another parameter's name."""
+        pairs = self.checkpoint.layout.get("tied", {})
+        return {f"model.{name}": f"model.{of}" for name, of in pairs.items()} if isinstance(pairs, dict) else {}
 
     def _objects(self) -> dict[str, Callable[[], Any]]:
         """How to get the value of every object, by flat key."""
@@ -417,22 +485,20 @@ class UniversalReader(StorageReader):
         }
         for name, text in texts.items():
             if name not in known.values():
-                found |= _objects_of_keepers(name, text)
+                found = _objects_of_others(name, text) | found
         return found
 
 
-def _objects_of_keepers(name: str, text: str) -> dict[str, Callable[[], Any]]:
-    """What keepers stored for an optimizer is one object with its groups; DCP asks for the groups."""
-    return {
-        name: lambda: decode_object(text),
-        f"{name}.param_groups": lambda: _groups(name, decode_object(text)),
-    }
+def _objects_of_others(name: str, text: str) -> dict[str, Callable[[], Any]]:
+    """What keepers and importers stored as one object, whole and by its parts: DCP asks for `optim.param_groups.0.lr`."""
+    return {key: partial(copy.deepcopy, value) for key, value in _parts_of(name.replace("/", "."), decode_object(text))}
 
 
-def _groups(name: str, value: Any) -> Any:
-    if not isinstance(value, dict) or "param_groups" not in value:
-        raise LayoutMismatch(f"{name}: the checkpoint has no parameter groups under this name")
-    return value["param_groups"]
+def _parts_of(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    yield key, value
+    if isinstance(value, dict | list):
+        for inner, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _parts_of(f"{key}.{inner}", item)
 
 
 @dataclass(frozen=True)
@@ -451,17 +517,22 @@ class _Landing:
         return cls(item, target, buffer)
 
     @property
-    def box(self) -> Box:
-        return Box(tuple(self.item.storage_offsets), tuple(self.item.lengths))
-
-    @property
     def view(self) -> memoryview:
         return _view(self.buffer)
 
-    def settle(self, planner: LoadPlanner) -> None:
-        if self.buffer is not self.target:
-            self.target.copy_(self.buffer)
+    @property
+    def flat(self) -> torch.Tensor:
+        return self.buffer.reshape(-1).view(torch.uint8)
+
+    def settle(self, planner: LoadPlanner, read: _Landing) -> None:
+        """The target holds what was read, into this landing or into another one for the same box."""
+        if read.buffer is not self.target:
+            self.target.copy_(read.buffer)
         planner.commit_tensor(self.item, self.target)
+
+
+def _tensor_reads(plan: LoadPlan) -> list[ReadItem]:
+    return [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
 
 
 def _as_torch_file(value: Any) -> io.BytesIO:

@@ -10,6 +10,9 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from holdfast.ckpt.parity import add_parity
+from holdfast.ckpt.parityfile import Parity
+from holdfast.ckpt.storage import local
 from holdfast.errors import LayoutMismatch, StateError
 
 if TYPE_CHECKING:
@@ -27,8 +30,12 @@ def save(
     direct: bool = False,
     compress: Mapping[str, int] | None = None,
     incremental: bool = False,
+    parity: Parity | None = None,
 ) -> Place:
     """The state is a committed step of the run at `path`, a directory or a URI; returns the step's place.
+
+    With `parity` as much of the step as it says may rot and can be repaired (directories only); it is written after the step is
+    committed.
 
     The options are those of `UniversalWriter`.
     """
@@ -36,6 +43,8 @@ def save(
 
     writer = UniversalWriter(path, step=step, direct=direct, compress=compress, incremental=incremental)
     save_state_dict(state_dict_of(state), writer, None, alone=_is_alone())
+    if parity is not None and writer.checkpoint is not None:  # on the coordinator
+        add_parity(local(writer.checkpoint, "parity"), parity)
     return writer.checkpoint or writer.root
 
 

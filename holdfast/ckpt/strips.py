@@ -46,6 +46,7 @@ class ArrayLayout:
     """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk.
 
     With `split` every strip has files of its own. `level` is zstd's, for an array whose chunks are compressed.
+    `head_nbytes` stand in front of the data of a file that is a safetensors file too (`dual.py`).
     """
 
     spec: ArraySpec
@@ -54,6 +55,7 @@ class ArrayLayout:
     shard_rows: int
     split: bool = False
     level: int | None = None
+    head_nbytes: int = 0
 
     @property
     def rows(self) -> int:
@@ -118,7 +120,7 @@ class ArrayLayout:
 
     def data_nbytes(self, shard: int) -> int:
         """Where the data of a shard ends and its index begins."""
-        return self.stored_rows(shard) * self.row_nbytes * (1 if self.split else math.prod(self.strip_grid))
+        return self.head_nbytes + self.stored_rows(shard) * self.row_nbytes * (1 if self.split else math.prod(self.strip_grid))
 
     def chunk_box(self, chunk: Sequence[int]) -> Box:
         """Zarr's inner chunk at this place of the array's chunk grid, padding included."""
@@ -144,7 +146,7 @@ class ArrayLayout:
             rows, strip_nbytes = self.shard_box(shard), self.stored_rows(shard) * self.row_nbytes
             corner = tuple(index * width for index, width in zip(where, self.strip, strict=True))
             strip = Box((rows.offset[0], *corner), (rows.shape[0], *self.strip))
-            base = 0 if self.split else flat_index(where, self.strip_grid) * strip_nbytes
+            base = self.head_nbytes + (0 if self.split else flat_index(where, self.strip_grid) * strip_nbytes)
             common = box.intersect(strip)
             assert common is not None
             for held in contiguous_parts(self._padded(common, strip), strip):

@@ -13,6 +13,7 @@ import numpy as np
 
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
+from holdfast.ckpt.dual import can_be_dual, head
 from holdfast.ckpt.manifest import StoredRun, read_document
 from holdfast.ckpt.storage import REMOTE_THREADS, OpenFile, is_remote
 from holdfast.ckpt.strips import ArrayLayout
@@ -40,7 +41,7 @@ class Damage:
 
     def __str__(self) -> str:
         rows = f" rows {self.offset[0]}..{self.offset[0] + self.shape[0]}" if self.offset else ""
-        return f"{self.array}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
+        return f"{self.array or self.file}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,17 @@ def verify(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
         damage for name in groups(checkpoint.layouts) if (damage := _check_document(checkpoint, name, group_document()))
     ]
     return VerifyReport(str(checkpoint.path), checkpoint.step, len(checkpoint.layouts), checked, damages)
+
+
+def verify_array(checkpoint: Checkpoint, name: str, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
+    """Every byte of one array and of what stands around it in its files."""
+    for run in checkpoint.runs(name):
+        for start in range(0, run.nbytes, READ_NBYTES):
+            stop = min(start + READ_NBYTES, run.nbytes)
+            yield from _check_part(checkpoint, run, start, stop)
+            if progress is not None:
+                progress(stop - start)
+    yield from _check_frame(checkpoint, name)
 
 
 def _parts(checkpoint: Checkpoint) -> Iterator[tuple[StoredRun, int, int]]:
@@ -147,6 +159,8 @@ def _check_frame(checkpoint: Checkpoint, name: str) -> Iterator[Damage]:
         damage = _check_shard(checkpoint, layout, shard)
         if damage is not None:
             yield damage
+    if layout.head_nbytes:
+        yield from _check_head(checkpoint, layout)
     if name in checkpoint.small:
         yield from _check_small(checkpoint, layout)
 
@@ -191,6 +205,24 @@ def shard_end(layout: ArrayLayout, shard: int, runs: Iterable[StoredRun]) -> tup
     begins = max((run.run.byte_offset + run.nbytes for run in held), default=0)
     chunks = ((run.run.held, run.run.byte_offset, run.nbytes) for run in held)
     return (b"" if layout.is_plain else packed_index(layout, shard, chunks)), begins
+
+
+def _check_head(checkpoint: Checkpoint, layout: ArrayLayout) -> Iterator[Damage]:
+    """The safetensors header in front of a shard that is both."""
+    if not can_be_dual(layout) or len(expected := head(layout)) != layout.head_nbytes:
+        what = "the array says that a header stands in front of it, which none can"
+        yield Damage(layout.spec.name, f"{layout.spec.name}/zarr.json", 0, 0, (), (), what)
+        return
+    try:
+        found = memoryview(bytearray(len(expected)))
+        with checkpoint.open_file(layout.file(0)) as fd:
+            _read_fully(fd, found, 0)
+    except HoldfastError:
+        return  # a missing file has been listed with its data
+    if found != expected:
+        whole = Box.whole(layout.spec.shape)
+        what = "the safetensors header is damaged"
+        yield Damage(layout.spec.name, layout.file(0), 0, len(expected), whole.offset, whole.shape, what)
 
 
 def _check_small(checkpoint: Checkpoint, layout: ArrayLayout) -> Iterator[Damage]:

@@ -38,8 +38,13 @@ def array_document(layout: ArrayLayout) -> dict[str, Any]:
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": _fill_value(layout.spec.dtype),
         "codecs": codecs,
-        "attributes": {} if layout.is_plain else {"holdfast": {"strip": list(layout.strip)}},
+        "attributes": {} if layout.is_plain else {"holdfast": _placement(layout)},
     }
+
+
+def _placement(layout: ArrayLayout) -> dict[str, Any]:
+    head = {"head_nbytes": layout.head_nbytes} if layout.head_nbytes else {}
+    return {"strip": list(layout.strip), **head}
 
 
 def layout_of(name: str, document: Any) -> ArrayLayout:
@@ -53,8 +58,9 @@ def layout_of(name: str, document: Any) -> ArrayLayout:
             layout = ArrayLayout(spec, spec.shape[1:], chunk, outer[0] if outer else 1, level=level)
         else:
             strip = tuple(map(_extent, document["attributes"]["holdfast"]["strip"]))
+            head = _extent(document["attributes"]["holdfast"].get("head_nbytes", 0))
             chunk, level = tuple(map(_extent, codec["configuration"]["chunk_shape"])), _level(codec["configuration"]["codecs"])
-            layout = ArrayLayout(spec, strip, chunk, outer[0], level=level)
+            layout = ArrayLayout(spec, strip, chunk, outer[0], level=level, head_nbytes=head)
         _check_grid(layout)
         if spec.nbytes and spec.shape and outer[1:] != _across(layout):
             layout = replace(layout, split=True)
@@ -150,7 +156,7 @@ def shard_index(layout: ArrayLayout, shard: int) -> bytes:
     strip_nbytes = layout.stored_rows(shard) * layout.row_nbytes
     down = np.arange(layout.shard_rows // tall, dtype=np.uint64)
     across = _chunks_across(layout, strip_nbytes, chunk_nbytes)
-    offsets = down[:, None] * np.uint64(tall * layout.row_nbytes) + across[None, :]
+    offsets = np.uint64(layout.head_nbytes) + down[:, None] * np.uint64(tall * layout.row_nbytes) + across[None, :]
     index = np.full((*offsets.shape, 2), chunk_nbytes, "<u8")
     index[:, :, 0] = offsets
     index[-(-box.shape[0] // tall) :] = MISSING_CHUNK  # chunks past the array's end
