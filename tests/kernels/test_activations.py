@@ -278,6 +278,25 @@ def test_running_ranges_can_be_the_scheme(model: GPT) -> None:
     assert 0 < first.total < 0.1
 
 
+def test_running_ranges_are_those_of_single_heads_in_written_out_attention() -> None:
+    """A head 1000 times smaller than its neighbour would be one code wide in a common range."""
+    generator = torch.Generator().manual_seed(0)
+    size = torch.tensor([1.0, 1e-3])[:, None, None]
+    leaf = (torch.randn(3, 2, 64, 32, generator=generator) * size).requires_grad_()
+    weight = torch.randn(64, 64, generator=generator)
+
+    def product() -> torch.Tensor:
+        q = leaf * 1.0
+        return ((q @ q.transpose(-1, -2)) * weight).sum()
+
+    exact = torch.autograd.grad(product(), leaf)[0]
+    with compress_activations(nn.Identity(), ActPolicy(default=RunningSpec(heads=2), min_bytes=1024)):
+        out = product()
+    found = torch.autograd.grad(out, leaf)[0]
+    errors = (found - exact).square().sum(dim=(0, 2, 3)).sqrt() / exact.square().sum(dim=(0, 2, 3)).sqrt()
+    assert float(errors.max()) < 0.02
+
+
 def test_stochastic_rounding_replays_bit_for_bit_from_its_seed(model: GPT) -> None:
     policy = ActPolicy(default=QuantSpec(kind="int4", symmetric=False, rounding="stochastic"), min_bytes=4096)
 

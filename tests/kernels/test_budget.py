@@ -53,6 +53,8 @@ def test_a_fitted_policy_keeps_the_budget_and_a_smaller_budget_costs_more_error(
         again = gradient_error(model, lambda: model(TOKENS), compress_activations(model, fit.policy))
         assert again.total == fit.error
     assert fits[0].error == 0.0
+    assert "linear" in str(fits[1])
+    assert {choice.option for choice in fits[1].plan.choices} <= {"exact", "int8", "int4"}
     assert fits[0].error < fits[1].error < fits[2].error < 0.2
 
 

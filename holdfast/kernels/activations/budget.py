@@ -32,6 +32,10 @@ class FittedPolicy:
     error: float
     plan: Plan
 
+    def __str__(self) -> str:
+        lines = [f"{choice.group:<48} {choice.option}" for choice in self.plan.choices]
+        return "\n".join([*lines, f"{self.nbytes:,} bytes on the device, gradient error {self.error:.1e}"])
+
 
 def fit_policy(
     model: torch.nn.Module,
@@ -52,17 +56,17 @@ def fit_policy(
     limit = parse_bytes(budget)
     base = replace(base or ActPolicy(), rules=(), default=KEEP)
     exact, _ = _measured(model, loss_of, base)
-    guards = base.guards()
+    guards, named = base.guards(), _named(candidates)
     places = sorted({(_pattern(row.module, modules), row.op) for row in exact.report().rows if row.op})
     fixed = _on_device(exact)
     groups, rules = [], {}
     for pattern, op in places:
         options = [Option(name="exact", nbytes=float(fixed), cost=0.0)]
-        for number, action in enumerate(candidates):
+        for name, action in named.items():
             rule = Rule(module=pattern, op=_rule_op(op), action=action)
             compressor, error = _measured(model, loss_of, replace(base, rules=(*guards, rule)))
-            rules[f"{pattern} {op}", str(number)] = rule
-            options.append(Option(name=str(number), nbytes=float(_on_device(compressor)), cost=error**2))
+            rules[f"{pattern} {op}", name] = rule
+            options.append(Option(name=name, nbytes=float(_on_device(compressor)), cost=error**2))
         smallest = min(option.nbytes for option in options)
         options = [replace(option, nbytes=option.nbytes - smallest) for option in options]
         if options[0].nbytes:
@@ -90,6 +94,13 @@ def _on_device(compressor: Compressor) -> int:
 def _pattern(module: str, patterns: Sequence[str]) -> str:
     """The first pattern that speaks of `module`."""
     return next((p for p in patterns if Rule(module=p, action=KEEP).matches(module, "")), "*")
+
+
+def _named(candidates: Sequence[Action]) -> dict[str, Action]:
+    """Candidates by what a reader of the plan would call them."""
+    kinds = [getattr(action, "kind", action if isinstance(action, str) else "running") for action in candidates]
+    names = [kind if kinds.count(kind) == 1 else f"{kind} ({number})" for number, kind in enumerate(kinds)]
+    return dict(zip(names, candidates, strict=True))
 
 
 def _rule_op(op: str) -> str:
