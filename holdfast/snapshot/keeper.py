@@ -206,6 +206,7 @@ class Keeper:
             self.slots.keep_only(ranks)
             crash_point("keeper.committed")
             self._last["committed"] = time.time()
+            self.members.touch()
             self.tell(Acknowledged(self.node, step, self.progress()))
             self.lead.committed(step, index)
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
