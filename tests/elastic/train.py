@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--halt", type=int, help="train no step after this one, and end as if it were the last")
     parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
 
@@ -119,7 +120,7 @@ def main() -> None:
 
     recovery = None
     if args.bare:
-        for step in range(1, args.steps + 1):
+        for step in range(1, (args.steps if args.halt is None else args.halt) + 1):
             step_body(step)
     else:
         redundancy = holdfast.Redundancy(parity=args.parity, nodes_per_host=args.nodes)
@@ -135,6 +136,8 @@ def main() -> None:
             marks = args.out / "deaths"
             marks.mkdir(parents=True, exist_ok=True)
             for step in run.steps(until=args.steps):
+                if args.halt is not None and step > args.halt:
+                    break
                 step_body(step)
                 for number, death in enumerate(deaths):
                     mark = marks / str(number)
