@@ -337,6 +337,11 @@ class Keeper:
         threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
 
     @property
+    def has_ended(self) -> bool:
+        """The run of this keeper is over, saved or not."""
+        return self._ended is not None
+
+    @property
     def is_closed(self) -> bool:
         return self._closed.is_set()
 
