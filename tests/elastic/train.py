@@ -63,7 +63,10 @@ def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, to
 
 
 def die(death: dict[str, Any], name: str, memory: Path) -> None:
-    """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
+    """What the schedule of the test asks for: this process, its keeper alone, or whole nodes with keepers and memory."""
+    if death["kind"] == "keeper":
+        os.kill(Endpoint.read(node_memory(memory, name, death["ranks"][0])).pid, signal.SIGKILL)
+        return
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
     if death["kind"] == "node":
