@@ -351,9 +351,10 @@ class Keeper:
 
     def close(self, *, free: bool = True) -> None:
         """Stop serving and give the node's memory back; with `free` false a successor finds it."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        with self.lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
         self.rounds.close()
         self.members.close()
         self._server.close()
