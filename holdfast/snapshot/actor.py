@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import threading
 from pathlib import Path
@@ -18,7 +17,7 @@ import ray
 
 from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
-from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority
+from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority, on_sigterm
 
 NAMESPACE = "holdfast"
 DOMAIN_LABEL = "holdfast-domain"
@@ -39,7 +38,7 @@ class KeeperActor:
         lower_priority()
         arm_faults(node)
         self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain(), watch_every_s=watch_every_s())
-        signal.signal(signal.SIGTERM, lambda *_: self._keeper.preempt.told_to_end())
+        on_sigterm(self._keeper.preempt.told_to_end)
         threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
 
     def ready(self) -> int:

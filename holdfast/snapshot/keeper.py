@@ -222,6 +222,7 @@ class Keeper:
             self.slots.keep_only(ranks)
             crash_point("keeper.committed")
             self._last["committed"] = time.time()
+            self.members.touch()
             self.tell(Acknowledged(self.node, step, self.progress()))
             self.lead.committed(step, index)
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
@@ -349,6 +350,11 @@ class Keeper:
         threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
 
     @property
+    def has_ended(self) -> bool:
+        """The run of this keeper is over, saved or not."""
+        return self._ended is not None
+
+    @property
     def is_closed(self) -> bool:
         return self._closed.is_set()
 
@@ -358,9 +364,10 @@ class Keeper:
 
     def close(self, *, free: bool = True) -> None:
         """Stop serving and give the node's memory back; with `free` false a successor finds it."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        with self.lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
         self.rounds.close()
         self.members.close()
         self._server.close()

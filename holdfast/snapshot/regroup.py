@@ -56,6 +56,10 @@ class Regroup:
             self._addresses[found.node] = found
             self.start()
 
+    def verb_adrift(self) -> Header:
+        """Whether this keeper belongs to no epoch at the moment, and once did."""
+        return {"adrift": self._members.is_adrift}
+
     def verb_fence(self, epoch: int, nodes: list[int]) -> Header:
         """Leave the present epoch for one that is being formed; what this node holds, after which it changes no more."""
         with self._lock:
@@ -121,8 +125,10 @@ class Regroup:
 
     def _regroup(self, view: View) -> None:
         members = tuple(self._present(member) for member in view.members)
-        for member in members:
-            ask(member, "ping")  # nobody is fenced off for a member that is not back yet
+        # Nobody is fenced off for a member that is not back yet, or for one that has been taken in meanwhile.
+        adrift = [ask(member, "adrift")["adrift"] for member in members]
+        if not any(adrift):
+            return
         epoch = max(ask(member, "survey")["epoch"] for member in members) + 1
         told = {member.node: ask(member, "fence", epoch=epoch, nodes=sorted(view.nodes)) for member in members}
         crash_point("regroup.fenced")

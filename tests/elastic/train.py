@@ -19,7 +19,10 @@ from holdfast.snapshot.cluster import node_memory
 
 
 def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> None:
-    """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
+    """What the schedule of the test asks for: this process, its keeper alone, or whole nodes with keepers and memory."""
+    if death["kind"] == "keeper":
+        os.kill(Endpoint.read(node_memory(memory, name, death["ranks"][0])).pid, signal.SIGKILL)
+        return
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
     if death["kind"] == "backward":  # of the next step, while the other ranks wait in its collectives

@@ -55,6 +55,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--layout", default="fsdp", choices=("fsdp", "ddp", "plain"))
     parser.add_argument("--steps", type=int, default=18)
+    parser.add_argument("--halt", type=int, help="train no step after this one, and end as if it were the last")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--bare", action="store_true", help="train without protection")
     parser.add_argument("--checkpoints")
@@ -93,8 +94,9 @@ def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: No
         time.sleep(args.pace)
 
     recovery = None
+    last = args.steps if args.halt is None else args.halt
     if args.bare:
-        for step in range(1, args.steps + 1):
+        for step in range(1, last + 1):
             step_body(step)
     else:
         with holdfast.protect(
@@ -104,7 +106,7 @@ def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: No
             redundancy=holdfast.Redundancy(parity=args.parity, nodes_per_host=args.nodes),
             name=args.name,
         ) as run:
-            for step in run.steps(until=args.steps):
+            for step in run.steps(until=last):
                 with step if args.in_place else nullcontext():
                     step_body(step)
                     after_step(step, run)
