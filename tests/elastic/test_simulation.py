@@ -12,7 +12,7 @@ from holdfast.elastic import simkeepers
 from holdfast.elastic.ettr import Input, Way, forecast, published_job, restart_way
 from holdfast.elastic.interval import efficiency
 from holdfast.elastic.membership import Node, Timing
-from holdfast.elastic.simulation import Fault, cut_down, random_faults, script, shrink, simulate
+from holdfast.elastic.simulation import Fault, cut_down, random_faults, script, shrink, simulate, timing_of
 from holdfast.errors import ConfigError
 
 
@@ -150,7 +150,7 @@ def test_the_command_reports_every_input_with_its_source():
 
 @pytest.mark.campaign
 def test_ten_thousand_members_live_through_a_thousand_faults():
-    found = simulate(10_000, random_faults(1, 1000, gap_s=0.5), seed=1)
+    found = simulate(10_000, random_faults(1, 1000, gap_s=30, burst=20), seed=1, timing=timing_of(3.0))
     assert found.broken == ()
     assert found.faults == 1000
     assert found.rebuilt > 0
