@@ -85,8 +85,11 @@ class Outcome:
     events: Counter[str]
 
 
-def random_faults(seed: int, count: int, *, gap_s: float, burst: int = 1, kinds: Sequence[str] = KINDS) -> tuple[Fault, ...]:
-    """`count` faults at random members; most are kills. They come in bursts of `burst` within a second, about `gap_s` apart.
+def random_faults(
+    seed: int, count: int, *, gap_s: float, burst: int = 1, widest: int = 2, kinds: Sequence[str] = KINDS
+) -> tuple[Fault, ...]:
+    """`count` faults at random members; most are kills. They come in bursts of `burst` within a second, about `gap_s` apart; a
+    cut separates up to `widest` neighbours, who are often of one parity group.
 
     Nothing can be committed while an undetected death is in the view, so faults much closer than it takes to miss a member only
     show that nothing breaks; bursts with room in between show that the lost are rebuilt as well.
@@ -95,7 +98,7 @@ def random_faults(seed: int, count: int, *, gap_s: float, burst: int = 1, kinds:
     for number in range(count):
         at_s += dice.expovariate(1 / gap_s) if number % burst == 0 else dice.random() / burst
         kind = dice.choice(kinds) if dice.random() < 0.5 else kinds[0]
-        width = dice.randint(1, 4) if kind == "cut" else 1
+        width = dice.randint(1, widest) if kind == "cut" else 1
         found.append(Fault(round(at_s, 3), kind, round(dice.random(), 6), round(dice.uniform(1, 20), 3), width))
     return tuple(found)
 

@@ -18,7 +18,7 @@ from holdfast.errors import ConfigError
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_faults_break_nothing(seed):
-    found = simulate(16, random_faults(seed, 15, gap_s=12), seed=seed)
+    found = simulate(16, random_faults(seed, 15, gap_s=12, widest=4), seed=seed)
     assert found.broken == ()
     assert found.views > 1
 
@@ -65,7 +65,7 @@ def test_electors_that_forget_their_promise_are_caught_and_the_schedule_shrinks(
 
     options = {"timing": timing, "make": Hasty}
     for seed in range(30):
-        faults = random_faults(seed, 12, gap_s=6, kinds=("cut", "pause", "kill"))
+        faults = random_faults(seed, 12, gap_s=6, widest=4, kinds=("cut", "pause", "kill"))
         found = simulate(12, faults, seed=seed, **options)
         if found.broken:
             break
@@ -162,7 +162,7 @@ def test_ten_thousand_members_live_through_a_thousand_faults():
 def test_many_seeds_break_nothing(gap_s):
     broken = {}
     for seed in range(300):
-        found = simulate(14, random_faults(seed, 20, gap_s=gap_s), seed=seed)
+        found = simulate(14, random_faults(seed, 20, gap_s=gap_s, widest=4), seed=seed)
         if found.broken:
             broken[seed] = found.broken
     assert broken == {}
