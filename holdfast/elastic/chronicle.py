@@ -53,9 +53,13 @@ class Chronicle:
         entered_s: float,
         recovery: Recovery | None,
         phases: Mapping[str, float],
+        in_place: bool = False,
     ) -> Chronicle:
-        """Number the attempt, hear the last words of the one before, and begin a journal."""
-        place, born_s = records_of(checkpoints, job), process_born_s()
+        """Number the attempt, hear the last words of the one before, and begin a journal.
+
+        in_place: no process was started for this attempt; survivors and spares were there.
+        """
+        place, born_s = records_of(checkpoints, job), entered_s if in_place else process_born_s()
         told = team.all(lambda: [last_attempt(place), born_s, entered_s])
         attempt = 1 + max(item[0] for item in told)
         loaders = {name: item for name, item in objects.items() if isinstance(item, Loader)}

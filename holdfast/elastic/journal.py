@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from holdfast.ckpt.storage import place
 from holdfast.coding import crc32c
 from holdfast.elastic.batching import StepPlan
 from holdfast.environment import runtime_dir
@@ -200,15 +201,19 @@ def journal_path(place: Path, attempt: int, rank: int) -> Path:
 
 
 def records_of(checkpoints: str | None, name: str) -> Path:
-    """Where a run's records live: with its checkpoints, else in this host's runtime directory until `holdfast down`."""
-    return Path(checkpoints) / "records" if checkpoints else runtime_dir() / "records" / name
+    """Where a run's records live: with its checkpoints, else in this host's runtime directory until `holdfast down`.
+
+    An object store cannot be appended to, so records of a run that keeps its checkpoints in one stay on its hosts.
+    """
+    where = None if checkpoints is None else place(checkpoints)
+    return where / "records" if isinstance(where, Path) else runtime_dir() / "records" / name
 
 
 def find_records(run: str) -> Path:
     """The records of a run, given its directory of checkpoints, the directory of the records, or its name on this machine."""
-    for place in (Path(run) / "records", Path(run), runtime_dir() / "records" / run):
-        if (place / "journal").is_dir():
-            return place
+    for found in (Path(run) / "records", Path(run), runtime_dir() / "records" / run):
+        if (found / "journal").is_dir():
+            return found
     raise NotACheckpoint(
         f"{run}: no journal in {Path(run) / 'records'}, nor of a run of that name in {runtime_dir() / 'records'}; name the "
         "directory given as checkpoints=, or protect(name=…)"

@@ -17,13 +17,15 @@ import torch
 
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
+from holdfast.ckpt.storage import Place, place
 from holdfast.elastic.incidents import read_incidents
 from holdfast.elastic.journal import pace
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
 from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
 from holdfast.snapshot.client import connect
-from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotSource, Survey, plan_restore, stored_name
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
+from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
 logger = logging.getLogger(__name__)
@@ -62,13 +64,15 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity."""
+    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity. `checkpoint` is the
+    newest step that is a checkpoint, or 0."""
 
     step: int = 0
     index: int = 1
     protected: bool = True
     in_memory: bool = False
     recovery: Recovery | None = None
+    checkpoint: int = 0
 
 
 def newest(
@@ -107,9 +111,8 @@ def newest(
             problem = _try_checkpoint(state, team, checkpoints, chosen.step)
             lap("checkpoint")
             if not problem:
-                return Restored(
-                    step=chosen.step, recovery=Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
-                )
+                recovery = Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
+                return Restored(step=chosen.step, recovery=recovery, checkpoint=chosen.step)
             notes.append(problem)
             failed.add(chosen.step)
             continue
@@ -117,8 +120,9 @@ def newest(
         outcomes = _from_memory(state, team, plan, surveys, sources, host, lap)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
-            _raise_first(outcomes)
-            return _restored_from(plan, chosen.rung, surveys, team, notes, why)
+            raise_first(outcomes)
+            restored = _restored_from(plan, chosen.rung, surveys, team, notes, why)
+            return replace(restored, checkpoint=max(known.stored, default=0))
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
@@ -184,7 +188,9 @@ class _Known:
 def _look(checkpoints: str | None, records: Path | None) -> _Known:
     stored: list[int] = []
     problems: list[str] = []
-    for info in reversed(ckpt.list_steps(_directory(checkpoints))) if checkpoints is not None else ():
+    where = None if checkpoints is None else _directory(checkpoints)
+    # A store has no prefix before the first save.
+    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
         if ckpt.is_sound(info):
             stored.append(info.step)
         elif not stored:
@@ -206,15 +212,15 @@ def _prices(records: Path | None) -> Prices:
         return Prices()
 
 
-def _directory(checkpoints: str) -> Path:
+def _directory(checkpoints: str) -> Place:
     """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
-    if "://" in checkpoints:
-        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
-    try:
-        Path(checkpoints).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
-    return Path(checkpoints)
+    where = place(checkpoints)
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return where
 
 
 # -- from memory ---------------------------------------------------------------------------------------------------------
@@ -232,10 +238,16 @@ def _from_memory(
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
                 fields = {"group": item.group.to_json(), "lost": item.lost}
                 whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                for node, names in answer.get("damaged", {}).items():
+                    raise DamagedSlot(
+                        int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
+                    )
 
-    team.all(rebuild)
+    rebuilt = team.attempt(rebuild)
     lap("rebuild")
+    if any(outcome.error for outcome in rebuilt):
+        return rebuilt
     tables, objects = _tables(team, plan, sources)
 
     def load() -> None:
@@ -286,7 +298,8 @@ def _restored_from(
     return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
 
 
-def _raise_first(outcomes: list[Outcome]) -> None:
+def raise_first(outcomes: list[Outcome]) -> None:
+    """Raise for the first rank whose part failed, on all ranks alike."""
     for rank, outcome in enumerate(outcomes):
         if outcome.error:
             raise ClusterError(f"rank {rank} could not restore: {outcome.error}: {outcome.message}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from holdfast.coding import form_groups
 from holdfast.elastic.membership import View
 from holdfast.snapshot.coordinator import (
     Acknowledged,
@@ -22,7 +23,7 @@ from holdfast.snapshot.coordinator import (
     Input,
     Protect,
 )
-from holdfast.snapshot.view import effective_parity, groups
+from holdfast.snapshot.view import effective_parity
 
 if TYPE_CHECKING:
     from holdfast.elastic.simulation import _World
@@ -253,7 +254,9 @@ class Committee:
     def _groups_of(self, epoch: int) -> list[tuple[int, ...]]:
         if epoch not in self._groups:
             self._groups = {known: found for known, found in self._groups.items() if known > epoch - 8}
-            self._groups[epoch] = groups(tuple(sorted(self._view(epoch).members)), self.group_size)
+            nodes = sorted(self._view(epoch).members)
+            found = form_groups([str(node) for node in nodes], self.group_size, min(self.parity, self.group_size - 1))
+            self._groups[epoch] = [tuple(nodes[place] for place in group.nodes) for group in found]
         return self._groups[epoch]
 
     def _home(self, epoch: int) -> int:

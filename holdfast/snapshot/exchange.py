@@ -142,43 +142,72 @@ def encode_stripe(group: GroupRecord, node: int, readers: Mapping[int, SlotReade
 # -- rebuilding --------------------------------------------------------------------------------------------------------
 
 
-def rebuild_blocks(
-    group: GroupRecord,
-    node: int,
-    readers: Mapping[int, SlotReader],
-    with_data: frozenset[int],
-    with_parity: frozenset[int],
-    store: Callable[[str, int, memoryview], None],
-    *,
-    parity_too: bool,
-) -> None:
-    """Recompute what `node` held from any k blocks of each stripe; `store(kind, offset, bytes)` gets "node" or "parity" bytes.
+class Decoder:
+    """Recomputes what `node` held, piece by piece, from any k blocks of each stripe.
 
     `readers` are the survivors by node, `with_data` those of them whose own bytes of this step are whole, `with_parity` those
-    whose parity is. Raises MissingData when a stripe has fewer than k blocks left.
+    whose parity is. Raises MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
     """
-    if not group.parity:
-        raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
-    layout, size, place = group.layout, group.block_nbytes, group.position(node)
-    code = ErasureCode(layout.k, group.parity)
-    scratch = [buffer.data for buffer in staggered(layout.k + 1, min(PIECE_NBYTES, size))]
-    for stripe in range(layout.stripes):
-        column, base, kind = _wanted(group, place, stripe)
-        if kind == "parity" and not parity_too:
-            continue
-        sources = _sources(group, stripe, place, readers, with_data, with_parity)
-        if len(sources) < layout.k:
+
+    def __init__(
+        self,
+        group: GroupRecord,
+        node: int,
+        readers: Mapping[int, SlotReader],
+        with_data: frozenset[int],
+        with_parity: frozenset[int],
+    ) -> None:
+        if not group.parity:
+            raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
+        self.group, self._readers = group, readers
+        self._place, self._with_data, self._with_parity = group.position(node), with_data, with_parity
+        self._code = ErasureCode(group.layout.k, group.parity)
+        self._scratch = [buffer.data for buffer in staggered(group.layout.k + 1, min(PIECE_NBYTES, group.block_nbytes))]
+
+    def blocks(self) -> Iterator[tuple[int, str, int]]:
+        """What the node held: (stripe, "node" or "parity", offset in its bytes or parity) of every block."""
+        for stripe in range(self.group.layout.stripes):
+            _, base, kind = _wanted(self.group, self._place, stripe)
+            yield stripe, kind, base
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of every piece of a block."""
+        size = self.group.block_nbytes
+        return ((offset, min(PIECE_NBYTES, size - offset)) for offset in range(0, size, PIECE_NBYTES))
+
+    def decode(self, stripe: int, offset: int, nbytes: int) -> memoryview:
+        """Bytes of the node's block in `stripe`; the view is overwritten by the next call."""
+        column = _wanted(self.group, self._place, stripe)[0]
+        return self._reconstruct(stripe, column, self._sources(stripe), offset, nbytes)
+
+    def contradicts(self, stripe: int, offset: int, nbytes: int, rebuilt: memoryview) -> bool:
+        """The rebuilt bytes, used as a source themselves, do not give back a block that a survivor holds."""
+        column = _wanted(self.group, self._place, stripe)[0]
+        sources = self._sources(stripe)
+        tested, read = sources.popitem()
+        sources = {column: lambda offset, nbytes, scratch: rebuilt, **sources}
+        expected = bytes(read(offset, nbytes, memoryview(bytearray(nbytes))))
+        return bytes(self._reconstruct(stripe, tested, sources, offset, nbytes)) != expected
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _sources(self, stripe: int) -> dict[int, Read]:
+        layout = self.group.layout
+        found = _sources(self.group, stripe, self._place, self._readers, self._with_data, self._with_parity)
+        if len(found) < layout.k:
             raise MissingData(
-                f"step {group.step}: stripe {stripe} has {len(sources)} of the {layout.k} blocks that rebuilding needs"
+                f"step {self.group.step}: stripe {stripe} has {len(found)} of the {layout.k} blocks that rebuilding needs"
             )
-        for offset in range(0, size, PIECE_NBYTES):
-            nbytes = min(PIECE_NBYTES, size - offset)
-            out = scratch[layout.k][:nbytes]
-            have = {
-                index: read(offset, nbytes, scratch[i]) for i, (index, read) in enumerate(list(sources.items())[: layout.k])
-            }
-            code.reconstruct(have, {column: out})
-            store(kind, base + offset, out)
+        return dict(list(found.items())[: layout.k])
+
+    def _reconstruct(self, stripe: int, wanted: int, sources: Mapping[int, Read], offset: int, nbytes: int) -> memoryview:
+        out = self._scratch[-1][:nbytes]
+        chosen = list(sources.items())[: self.group.layout.k]
+        have = {index: read(offset, nbytes, self._scratch[place]) for place, (index, read) in enumerate(chosen)}
+        self._code.reconstruct(have, {wanted: out})
+        return out
 
 
 def _wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:

@@ -1,6 +1,6 @@
 """A keeper in a process of its own, without Ray: `python -m holdfast.snapshot.host JOB NODE MEMORY`.
 
-For machines without Ray and for tests. Nobody restarts it when it dies; the next start of the job does.
+For machines without Ray and for tests. When it dies, a trainer of its node starts it again, or the next start of the job does.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import signal
 import sys
 from pathlib import Path
 
+from holdfast.environment import watch_every_s
 from holdfast.errors import HoldfastError
 from holdfast.events import arm_from_text
+
+DOMAIN = "HOLDFAST_DOMAIN"
+"""Which nodes fail together with this one: the same words on each of them, such as the name of a rack."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -41,12 +45,16 @@ def main(arguments: list[str]) -> int:
     arm_faults(node)
     from holdfast.snapshot.keeper import Keeper
 
+    # Until there is a keeper to tell; and for ever in its threads, so that the word always comes to this one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped)
+        domain = os.environ.get(DOMAIN, "")
+        keeper = Keeper(job, node, memory, bind=bind, mapped=mapped, domain=domain, watch_every_s=watch_every_s())
     except HoldfastError as error:
         logging.error("%s: %s", type(error).__name__, error)
         return error.exit_code
-    signal.signal(signal.SIGTERM, lambda *_: keeper.close())
+    signal.signal(signal.SIGTERM, lambda *_: keeper.preempt.told_to_end())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     keeper.wait()
     return 0
 

@@ -137,6 +137,11 @@ class Slot:
         page.release()
         self.header = header
 
+    def rewrite_header(self) -> None:
+        """Write the header that we know to both its places: what is on the page has been damaged."""
+        for _ in _PLACES:
+            self.write_header(self.header)
+
     def meta(self) -> Meta:
         """The checked meta of the snapshot inside. Raises CorruptData when its CRC differs from the header's."""
         start = aligned(self.header.payload_nbytes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -17,13 +17,13 @@ from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot import exchange
 from holdfast.snapshot.exchange import (
+    Decoder,
     NodeBytes,
     RowsInFlight,
     SlotReader,
     check_holds,
     encode_stripe,
     parity_name,
-    rebuild_blocks,
     slot_name,
 )
 from holdfast.snapshot.slots import Slot, SlotHeader, SlotState
@@ -38,6 +38,23 @@ TOKEN = "t"
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several pieces, the last one short, without large slots."""
     monkeypatch.setattr(exchange, "PIECE_NBYTES", 1000)
+
+
+def rebuild_blocks(
+    record: GroupRecord,
+    node: int,
+    readers: dict[int, SlotReader],
+    with_data: frozenset[int],
+    with_parity: frozenset[int],
+    store: Callable[[str, int, memoryview], None],
+    *,
+    parity_too: bool,
+) -> None:
+    """Every block of the node, in the order in which a keeper would decode them alone."""
+    decoder = Decoder(record, node, readers, with_data, with_parity)
+    for stripe, kind, base in decoder.blocks():
+        for offset, nbytes in decoder.pieces() if parity_too or kind == "node" else ():
+            store(kind, base + offset, decoder.decode(stripe, offset, nbytes))
 
 
 class Group:
