@@ -150,7 +150,7 @@ def test_the_command_reports_every_input_with_its_source():
 
 @pytest.mark.campaign
 def test_ten_thousand_members_live_through_a_thousand_faults():
-    found = simulate(10_000, random_faults(1, 1000, gap_s=30, burst=20), seed=1, timing=timing_of(3.0))
+    found = simulate(10_000, random_faults(1, 1000, gap_s=40, burst=100), seed=1, timing=timing_of(3.0))
     assert found.broken == ()
     assert found.faults == 1000
     assert found.rebuilt > 0
