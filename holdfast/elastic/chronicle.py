@@ -26,7 +26,7 @@ from holdfast.elastic.journal import (
 )
 from holdfast.elastic.restore import Recovery
 from holdfast.elastic.team import Team
-from holdfast.events import emit
+from holdfast.events import crash_point, emit
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,7 @@ class Chronicle:
             for name, loader in self._loaders.items()
         }
         self._recorder.step(step, stalled_s - self._stalled_s, uses)
+        crash_point("journal.written")
         self._stalled_s = stalled_s
         if self._incident is not None:
             self._incident = self._incident.with_first_step(time.time() - self._began_s)

@@ -159,8 +159,8 @@ def restart_way(*, step_s: float = 10.0) -> Way:
     )
 
 
-def checkpoint_way(job: Job, *, save_cost_s: float = 20.0, restart_s: float = 900.0) -> Way:
-    """What most jobs do: checkpoints to storage at Daly's interval, everything restarted by hand or by a scheduler."""
+def checkpoint_way(job: Job, *, save_cost_s: float = 20.0, load_s: float = 120.0) -> Way:
+    """What most jobs do: checkpoints to storage at Daly's interval. The restart is as quick as with holdfast, and then it loads."""
     return Way(
         name="checkpoints alone",
         save_every_s=Input(round(daly(save_cost_s, job.mtbf_s), 1), "Daly's interval for the two numbers"),
@@ -168,7 +168,7 @@ def checkpoint_way(job: Job, *, save_cost_s: float = 20.0, restart_s: float = 90
         lag_s=Input(0.0, "training waits for the save"),
         detection_s=Input(1.0, _ASSUMED),
         hang_detection_s=Input(600.0, "torch's default timeout of a NCCL collective"),
-        recovery_s={kind: Input(restart_s, _ASSUMED) for kind in job.losses},
+        recovery_s={kind: Input(150.0 + load_s, f"{_AT_SIZE}; and {load_s:g} s to load, {_ASSUMED}") for kind in job.losses},
     )
 
 

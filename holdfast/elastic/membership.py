@@ -33,7 +33,8 @@ NO_BALLOT: Ballot = (0, -1)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
     """Seconds. A member beats every `beat_s`, may write for `lease_s` after its last granted beat, and is missed after `silent_s`;
-    the other electors take over `takeover_s` after the leader's last beat."""
+    the other electors take over `takeover_s` after the leader's last beat. A view is left alone for `settle_s`, so that losses and
+    newcomers in quick succession make one view together."""
 
     beat_s: float = 0.2
     lease_s: float = 1.0
@@ -45,8 +46,10 @@ class Timing:
     electors: int = 5
 
     def __post_init__(self) -> None:
-        if not self.beat_s * 2 <= self.lease_s <= self.silent_s <= self.takeover_s:
-            raise ConfigError(f"need 2 × beat_s <= lease_s <= silent_s <= takeover_s; got {self}")
+        # A grant is cut to what the electors last promised the leader, up to a beat and a tick ago, and has to last until the next
+        # beat: with less than four beats to a lease, healthy members lapse now and then.
+        if not self.beat_s * 4 <= self.lease_s <= self.silent_s <= self.takeover_s:
+            raise ConfigError(f"need 4 × beat_s <= lease_s <= silent_s <= takeover_s; got {self}")
         if self.electors < 1 or not 0 <= self.drift < 0.2:
             raise ConfigError(f"need at least one elector and a drift of 0 … 0.2; got {self.electors} and {self.drift}")
 
@@ -164,7 +167,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed; to be fed a few times per `beat_s`."""
+    """Time has passed; to be fed at least twice per `beat_s`."""
 
 
 Event: TypeAlias = Tick | Message
@@ -241,9 +244,10 @@ class _Leadership:
     """What a leader keeps: when it heard whom, until when whose lease may run, and what its electors have promised."""
 
     heard: dict[int, float]
+    since_s: float
     leases: dict[int, float] = field(default_factory=dict)
     followed: dict[int, float] = field(default_factory=dict)
-    joining: dict[int, float] = field(default_factory=dict)
+    joining: set[int] = field(default_factory=set)
     led_s: float = -1e18
 
 
@@ -370,7 +374,7 @@ class Node:
         self._candidacy = None
         leads = view.leader == self.me and self.standing is Standing.MEMBER
         self.role = Role.LEADING if leads else Role.FOLLOWING
-        self._lead = _Leadership(dict.fromkeys(view.members, now_s)) if leads else None
+        self._lead = _Leadership(dict.fromkeys(view.members, now_s), now_s) if leads else None
 
     # -- leading --
 
@@ -388,8 +392,7 @@ class Node:
             for member, heard_s in lead.heard.items()
             if now_s - heard_s > timing.silent_s and now_s > lead.leases.get(member, -1e18) and member != self.me
         ]
-        joining = [member for member, since_s in lead.joining.items() if now_s - since_s > timing.settle_s]
-        if silent or joining:
+        if (silent or lead.joining) and now_s - lead.since_s > timing.settle_s:
             wish = next_view(self.view, self.me, without=silent, joining=lead.joining, electors=timing.electors)
             return actions + self._prepare(wish, now_s)
         return actions
@@ -423,7 +426,7 @@ class Node:
         if self.view is None:
             return []
         if self.standing is Standing.MEMBER and self._lead is not None and sender not in self.view.members:
-            self._lead.joining.setdefault(sender, now_s)
+            self._lead.joining.add(sender)
             return []
         return [self._send(sender, Install(self.view))]
 

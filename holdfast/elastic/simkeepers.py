@@ -113,6 +113,7 @@ class Committee:
         self._coordinators: dict[int, Coordinator] = {}
         self._entered: dict[int, set[int]] = {}
         self._groups: dict[int, list[tuple[int, ...]]] = {}
+        self._homes: dict[int, int] = {}
         self._safe = (0, 0)
         """The newest step that all nodes had encoded, and the epoch whose groups protect it."""
         self._lost: set[int] = set()
@@ -123,7 +124,7 @@ class Committee:
     def entered(self, member: int, view: View) -> None:
         keeper = self.world.keepers[member]
         keeper.epoch = view.epoch
-        self.world.send(member, min(view.members), _Told(view.epoch, member, None), "keeper")
+        self.world.send(member, self._home(view.epoch), _Told(view.epoch, member, None), "keeper")
 
     def forgot(self, member: int) -> None:
         """The member's memory is gone."""
@@ -144,7 +145,7 @@ class Committee:
 
     def tell(self, keeper: SimKeeper, event: Input) -> None:
         told = _Told(keeper.epoch, keeper.member, event)
-        coordinator = min(self._view(keeper.epoch).members)
+        coordinator = self._home(keeper.epoch)
         if self.world.may_write(keeper.member):
             self.world.send(keeper.member, coordinator, told, "keeper")
         else:  # no lease, no word; it may come back
@@ -183,7 +184,7 @@ class Committee:
             if isinstance(action, Commit):  # all have encoded it: from here on it must not be lost, whoever hears of it
                 self._safe, self._lost = (action.step, epoch), self._lost & view.members
             for member in view.members:
-                self.world.send(min(view.members), member, _Order(epoch, action), "keeper")
+                self.world.send(self._home(epoch), member, _Order(epoch, action), "keeper")
 
     def _check_may_empty(self, action: Announce, committed: int, view: View) -> None:
         for member in view.members if committed else ():
@@ -257,6 +258,12 @@ class Committee:
             found = form_groups([str(node) for node in nodes], self.group_size, min(self.parity, self.group_size - 1))
             self._groups[epoch] = [tuple(nodes[place] for place in group.nodes) for group in found]
         return self._groups[epoch]
+
+    def _home(self, epoch: int) -> int:
+        """The member whose keeper runs the coordinator: the lowest."""
+        if epoch not in self._homes:
+            self._homes[epoch] = min(self._view(epoch).members)
+        return self._homes[epoch]
 
     def _view(self, epoch: int) -> View:
         return self.world.views[epoch]

@@ -1,7 +1,7 @@
 """What a job of a given size would live through, and whether the protocol does: `python -m holdfast.elastic.simulate`.
 
     … --gpus 16384 [--from RUN] [--json]             the ETTR to expect, by Monte Carlo, with every input and its source
-    … --members 10000 --faults 1000 [--seed 1]       the shipped state machines under a virtual clock and random faults
+    … --members 10000 --faults 1000 [--burst 20]     the shipped state machines under a virtual clock and random faults
 
 The second ends with 1 when something that must hold did not; it then cuts the schedule down and prints a script that fails again.
 """
@@ -18,7 +18,7 @@ from typing import Any
 from holdfast.elastic.ettr import Forecast, forecast, published_job, ways
 from holdfast.elastic.journal import find_records
 from holdfast.elastic.report import make_report
-from holdfast.elastic.simulation import Outcome, cut_down, random_faults, script, simulate
+from holdfast.elastic.simulation import Outcome, cut_down, random_faults, script, simulate, timing_of
 from holdfast.errors import HoldfastError
 
 
@@ -32,7 +32,11 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="measured", metavar="RUN", help="take the costs from this run's own records")
     parser.add_argument("--members", type=int, help="simulate the protocol with so many members")
     parser.add_argument("--faults", type=int, default=1000, help="how many faults they live through; 1000")
-    parser.add_argument("--gap", type=float, default=0.5, metavar="S", help="virtual seconds between faults; 0.5")
+    parser.add_argument("--gap", type=float, default=20.0, metavar="S", help="virtual seconds between (bursts of) faults; 20")
+    parser.add_argument("--burst", type=int, default=1, metavar="N", help="faults that come together; 1")
+    parser.add_argument(
+        "--beat", type=float, default=1.5, metavar="S", help="virtual seconds between two beats of a member; 1.5"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     arguments = parser.parse_args(words)
@@ -75,20 +79,20 @@ def _line(item: Forecast) -> str:
 
 
 def _protocol(arguments: argparse.Namespace) -> int:
-    faults = random_faults(arguments.seed, arguments.faults, gap_s=arguments.gap)
+    faults = random_faults(arguments.seed, arguments.faults, gap_s=arguments.gap, burst=arguments.burst)
     started = time.perf_counter()
-    found = simulate(arguments.members, faults, seed=arguments.seed)
+    timing = timing_of(arguments.beat)
+    found = simulate(arguments.members, faults, seed=arguments.seed, timing=timing)
     seconds = time.perf_counter() - started
-    left = cut_down(found, faults) if found.broken else ()
+    left = cut_down(found, faults, timing=timing) if found.broken else ()
+    again = script(found, left, arguments.beat) if found.broken else None
     if arguments.json:
         told: dict[str, Any] = {**asdict(found), "seconds": round(seconds, 1)}
-        print(json.dumps({**told, "script": script(found, left) if found.broken else None}, indent=1))
+        print(json.dumps({**told, "script": again}, indent=1))
     else:
         print(_text(found, seconds))
         if found.broken:
-            print(
-                f"\n{found.broken[0]}\n{len(left)} of {len(faults)} faults matter; this fails again:\n\n{script(found, left)}"
-            )
+            print(f"\n{found.broken[0]}\n{len(left)} of {len(faults)} faults matter; this fails again:\n\n{again}")
     return 1 if found.broken else 0
 
 

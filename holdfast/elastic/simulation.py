@@ -39,8 +39,20 @@ from holdfast.elastic.simkeepers import Committee, SimKeeper
 
 KINDS = ("kill", "pause", "cut", "loss")
 
-SLOW = Timing(beat_s=2.0, lease_s=6.0, silent_s=7.0, takeover_s=8.0, retry_s=1.0, settle_s=0.5)
-"""For thousands of members: fewer messages for each virtual second."""
+
+def timing_of(beat_s: float) -> Timing:
+    """All of the timing in proportion to a beat. Thousands of members are simulated with a slow one: fewer messages per second."""
+    return Timing(
+        beat_s=beat_s,
+        lease_s=4 * beat_s,
+        silent_s=4.5 * beat_s,
+        takeover_s=5 * beat_s,
+        retry_s=0.7 * beat_s,
+        settle_s=2.5 * beat_s,
+    )
+
+
+SLOW = timing_of(1.5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +85,20 @@ class Outcome:
     events: Counter[str]
 
 
-def random_faults(seed: int, count: int, *, gap_s: float, kinds: Sequence[str] = KINDS) -> tuple[Fault, ...]:
-    """`count` faults, about `gap_s` apart; most are kills."""
-    dice, at_s, found = random.Random(seed), 5.0, []
-    for _ in range(count):
-        at_s += dice.expovariate(1 / gap_s)
+def random_faults(
+    seed: int, count: int, *, gap_s: float, burst: int = 1, widest: int = 2, kinds: Sequence[str] = KINDS
+) -> tuple[Fault, ...]:
+    """`count` faults at random members; most are kills. They come in bursts of `burst` within a second, about `gap_s` apart; a
+    cut separates up to `widest` neighbours, who are often of one parity group.
+
+    Nothing can be committed while an undetected death is in the view, so faults much closer than it takes to miss a member only
+    show that nothing breaks; bursts with room in between show that the lost are rebuilt as well.
+    """
+    dice, at_s, found = random.Random(seed), 20.0, []
+    for number in range(count):
+        at_s += dice.expovariate(1 / gap_s) if number % burst == 0 else dice.random() / burst
         kind = dice.choice(kinds) if dice.random() < 0.5 else kinds[0]
-        width = dice.randint(1, 4) if kind == "cut" else 1
+        width = dice.randint(1, widest) if kind == "cut" else 1
         found.append(Fault(round(at_s, 3), kind, round(dice.random(), 6), round(dice.uniform(1, 20), 3), width))
     return tuple(found)
 
@@ -118,12 +137,13 @@ def shrink(faults: Sequence[Fault], fails: Any) -> tuple[Fault, ...]:
     return left
 
 
-def script(outcome: Outcome, faults: Iterable[Fault]) -> str:
+def script(outcome: Outcome, faults: Iterable[Fault], beat_s: float = SLOW.beat_s) -> str:
     """What to paste to see it again."""
     lines = "\n".join(f"    {fault}," for fault in faults)
     return (
-        "from holdfast.elastic.simulation import Fault, simulate\n\n"
-        f"faults = [\n{lines}\n]\nprint(simulate({outcome.members}, faults, seed={outcome.seed}).broken)\n"
+        "from holdfast.elastic.simulation import Fault, simulate, timing_of\n\n"
+        f"faults = [\n{lines}\n]\n"
+        f"print(simulate({outcome.members}, faults, seed={outcome.seed}, timing=timing_of({beat_s})).broken)\n"
     )
 
 
@@ -237,7 +257,7 @@ class _World:
         if until > self.now_s:  # a stopped process reads its messages when it goes on, all of them late
             self.later(until + self.dice.random() * 0.001, kind, to, what)
         elif kind == "tick":
-            self.later(self.now_s + self.timing.beat_s * (0.45 + 0.1 * self.dice.random()), "tick", to, what)
+            self.later(self.now_s + self.timing.beat_s * (0.4 + 0.1 * self.dice.random()), "tick", to, what)
             self._act(to, node.feed(Tick(), self.clock(to)))
             if node.standing is Standing.REMOVED:
                 node.rejoin(self.clock(to))

@@ -12,13 +12,13 @@ from holdfast.elastic import simkeepers
 from holdfast.elastic.ettr import Input, Way, forecast, published_job, restart_way
 from holdfast.elastic.interval import efficiency
 from holdfast.elastic.membership import Node, Timing
-from holdfast.elastic.simulation import Fault, cut_down, random_faults, script, shrink, simulate
+from holdfast.elastic.simulation import Fault, cut_down, random_faults, script, shrink, simulate, timing_of
 from holdfast.errors import ConfigError
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_faults_break_nothing(seed):
-    found = simulate(16, random_faults(seed, 15, gap_s=12), seed=seed)
+    found = simulate(16, random_faults(seed, 15, gap_s=12, widest=4), seed=seed)
     assert found.broken == ()
     assert found.views > 1
 
@@ -65,7 +65,7 @@ def test_electors_that_forget_their_promise_are_caught_and_the_schedule_shrinks(
 
     options = {"timing": timing, "make": Hasty}
     for seed in range(30):
-        faults = random_faults(seed, 12, gap_s=6, kinds=("cut", "pause", "kill"))
+        faults = random_faults(seed, 12, gap_s=6, widest=4, kinds=("cut", "pause", "kill"))
         found = simulate(12, faults, seed=seed, **options)
         if found.broken:
             break
@@ -150,7 +150,7 @@ def test_the_command_reports_every_input_with_its_source():
 
 @pytest.mark.campaign
 def test_ten_thousand_members_live_through_a_thousand_faults():
-    found = simulate(10_000, random_faults(1, 1000, gap_s=0.5), seed=1)
+    found = simulate(10_000, random_faults(1, 1000, gap_s=40, burst=100), seed=1, timing=timing_of(3.0))
     assert found.broken == ()
     assert found.faults == 1000
     assert found.rebuilt > 0
@@ -162,7 +162,7 @@ def test_ten_thousand_members_live_through_a_thousand_faults():
 def test_many_seeds_break_nothing(gap_s):
     broken = {}
     for seed in range(300):
-        found = simulate(14, random_faults(seed, 20, gap_s=gap_s), seed=seed)
+        found = simulate(14, random_faults(seed, 20, gap_s=gap_s, widest=4), seed=seed)
         if found.broken:
             broken[seed] = found.broken
     assert broken == {}

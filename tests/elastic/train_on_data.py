@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -41,7 +39,7 @@ def main() -> None:
     loader = holdfast.loader(samples(), global_batch=8, micro_batch=2, seed=11, num_workers=args.workers)
     state = {"model": model, "optim": optimizer, "data": loader}
     with holdfast.protect(state, checkpoints=str(args.out / "run"), name="d") as run:
-        for step in run.steps(until=args.steps):
+        for _ in run.steps(until=args.steps):
             for batch in loader.step():
                 inputs, targets = batch.data
                 with nullcontext() if batch.is_last else model.no_sync():
@@ -50,8 +48,6 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
             time.sleep(0.05)
-            if args.die and dist.get_rank() == 1 and step >= args.die and run.committed_step > 3:
-                os.kill(os.getpid(), signal.SIGKILL)
     torch.save(model.module.state_dict(), args.out / f"state-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
