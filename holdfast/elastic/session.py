@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import guards, restore
+from holdfast.elastic.inplace import InPlace, Step, in_place, reset
+from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
 from holdfast.elastic.team import Team
@@ -123,8 +126,9 @@ class Run:
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
         self._lifeline: Lifeline | None = None
-        self._preemption: Preemption | None = None
-        self._hooks: list[Any] = []
+        self._held = ExitStack()
+        self._in_place: InPlace | None = None
+        self._begun = False
         self._staleness = guards.Staleness(self.name)
         self._witness: Witness | None = None
 
@@ -140,6 +144,26 @@ class Run:
     # -- entering --
 
     def __enter__(self) -> Self:
+        self._in_place = in_place()
+        if self._in_place is None:
+            self._enter()
+        else:
+            self._in_place.enter(self._enter)
+        return self
+
+    def recover_in_place(self, error: BaseException | None) -> bool:
+        """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
+        if self._in_place is None or not self._in_place.is_due(error):
+            return False
+        self._in_place.recover(error, self._enter_again)
+        return True
+
+    def _enter_again(self) -> None:
+        reset(self._tracked.modules.values(), self._tracked.optimizers.values())
+        self._enter()
+
+    def _enter(self) -> None:
+        self._held.close()  # of an attempt that somebody's death has ended
         started = time.perf_counter()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
@@ -158,7 +182,10 @@ class Run:
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
         restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        if restored.recovery is None and any(team.all(lambda: self._begun)):
+            raise RestartNeeded("no step has been committed yet, and this process has begun one")
         link = team_link(team, own, env, self._room_needed(team))
+        self._held.callback(link.close)
         guests = [Endpoint.read(sources[node]).member for node in place.guests]
         if not any(self._join(team, place, own, restored, guests) for _ in range(JOIN_TRIES)):
             raise ClusterError(
@@ -167,20 +194,23 @@ class Run:
         clock.lap("join")
         revive = partial(revive_keeper, self.name, place.node, memory, **starting)
         self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
+        self._held.callback(self._lifeline.close)
         self._start(link, team.rank, restored)
         self._witness = Witness.summoned(os.environ, team.rank)
         if self._witness is not None:
-            self._witness.started(self.step, restored.recovery.rung if restored.recovery else None, self._tracked)
+            rung = restored.recovery.rung if restored.recovery else None
+            self._witness.started(self.step, rung, link.page["epoch"], self._tracked)
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
-        return self
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
         arrays = {
             item.name: [item.placement.spec.dtype, list(item.placement.spec.shape), list(item.placement.expected)]
             for item in self._tracked.held()
+            # A spare has not made its optimizer's state yet; what it has to be, the snapshot says.
+            if self._in_place is None or item.name.split("/")[0] not in self._tracked.optimizers
         }
         mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
         text = json.dumps(mine, sort_keys=True).encode()
@@ -271,12 +301,15 @@ class Run:
         self.step = restored.step
         link.page["completed"] = self.step
         guards.watch_parameters(link, self._tracked, self._settings.on_nan)
+        stats = self.stats
         self._capturer = Capturer(self._tracked, link, rank)
+        self._capturer.stats = stats  # they count over recoveries in place
+        self._held.callback(self._capturer.close)
+        self._held.callback(self._capturer.settle)
         for optimizer in self._tracked.optimizers.values():
-            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._fence()))
-
+            self._held.callback(optimizer.register_step_pre_hook(lambda *_: self._fence()).remove)
         if self._settings.checkpoints is not None and self._settings.grace_s > 0:
-            self._preemption = Preemption(partial(link.terminated, self._settings.grace_s), self._settings.grace_s)
+            self._held.callback(Preemption(partial(link.terminated, self._settings.grace_s), self._settings.grace_s).close)
 
     def _report(self, team: Team) -> None:
         recovery = self.recovery
@@ -287,22 +320,33 @@ class Run:
 
     # -- training --
 
-    def steps(self, until: int) -> Iterator[int]:
-        """Yield step+1 … `until`, each noted as done when the loop asks for the next."""
+    def steps(self, until: int) -> Iterator[Step]:
+        """Yield step+1 … `until`, each noted as done when the loop asks for the next.
+
+        With `with step:` around the body, a step that was undone because another rank died is followed by the one that training
+        goes on from.
+        """
         while self.step < until:
-            yield self.step + 1
-            self.step_done()
+            self._begun = True
+            step = Step(self.step + 1, self)
+            yield step
+            if not step.is_undone:
+                self.step_done()
 
     def step_done(self) -> None:
         """Note that one more step is complete, and let it be captured. For loops that do not use `steps`."""
         capturer = self._running()
         started = time.perf_counter()
+        self._begun = True
         self.step += 1
         if self._witness is not None:
             self._witness.completed(self.step, self._tracked)
-        capturer.step_done(self.step)
+        # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
+        capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
         guards.refuse_poison(capturer.link.page, self.step)
+        if self._in_place is not None:
+            self._in_place.line.completed(self.step)
         capturer.stats.stall_s += time.perf_counter() - started
         guards.tell(capturer.link.page, capturer.stats)
 
@@ -325,18 +369,12 @@ class Run:
                 if self._witness is not None:
                     self._witness.ended(self.step)
                 self._finish(capturer)
+                if self._in_place is not None:
+                    self._in_place.leave()
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
-            capturer.close()
-            if self._preemption is not None:
-                self._preemption.close()
-            if self._lifeline is not None:
-                self._lifeline.close()
-            capturer.link.close()
+            self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
         """Let the last step be captured, committed and written; the keepers then give the memory back.
@@ -348,6 +386,8 @@ class Run:
         deadline = time.monotonic() + LEAVING_TIMEOUT_S
         while not link.is_over():
             capturer.step_done(self.step)
+            if self._in_place is not None:
+                self._in_place.check_alive()
             time.sleep(0.005)
             if self._lifeline is not None and self._lifeline.is_lost:
                 raise KeeperUnreachable(f"its memory {link.memory} is gone with it")

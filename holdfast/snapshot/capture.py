@@ -135,8 +135,8 @@ class Capturer:
 
     # -- on the training thread --
 
-    def step_done(self, step: int) -> None:
-        """Note that `step` is complete, and begin a capture where the keepers have asked for this one."""
+    def step_done(self, step: int, *, ripe: bool = True) -> None:
+        """Note that `step` is complete, and begin a capture where the keepers have asked for this one; not of an unripe step."""
         page = self.link.page
         page["completed"] = step
         target, index, order = page.target
@@ -145,7 +145,7 @@ class Capturer:
         self._handled = target, order
         if target < step:
             self._queue.put((target, "passed"))
-        elif not self._idle.is_set():
+        elif not ripe or not self._idle.is_set():
             self.stats.skipped += 1
             self._queue.put((target, "busy"))
         else:

@@ -13,11 +13,12 @@ def deaths(*entries: dict[str, object]) -> list[str]:
     return ["--die", json.dumps(entries)]
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
-def test_a_killed_trainer_is_restored_bit_for_bit(job, references, layout):
-    died = job.run("--layout", layout, "--nodes", "2", *deaths({"step": 6, "kind": "trainer", "ranks": [1], "committed": 3}))
-    died.assert_equals(references.of(layout, 2))
-    assert [facts["recovery"]["rung"] for facts in died.facts] == ["own keeper"] * 2
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp", 2), ("ddp", 4)])  # from 3 on, sums depend on how DDP cuts its buckets
+def test_a_killed_trainer_is_restored_bit_for_bit(job, references, layout, ranks):
+    entry = {"step": 6, "kind": "trainer", "ranks": [1], "committed": 3}
+    died = job.run("--layout", layout, "--nodes", "2", *deaths(entry), ranks=ranks)
+    died.assert_equals(references.of(layout, ranks))
+    assert [facts["recovery"]["rung"] for facts in died.facts] == ["own keeper"] * ranks
 
 
 def test_a_node_lost_with_its_memory_is_rebuilt_from_parity(job, references):

@@ -10,16 +10,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from holdfast.elastic.faults.job import arguments, train
 from holdfast.elastic.session import Run
 from holdfast.snapshot.client import Endpoint
 from holdfast.snapshot.cluster import node_memory
 
 
-def die(death: dict[str, Any], name: str, memory: Path) -> None:
+def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> None:
     """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
+    if death["kind"] == "backward":  # of the next step, while the other ranks wait in its collectives
+        layer = [part for part in model.modules() if isinstance(part, nn.Linear)][1]
+        layer.register_full_backward_hook(lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        return
     if death["kind"] == "node":
         places = [node_memory(memory, name, rank) for rank in death["ranks"]]  # one rank for each node
         for place in places:
@@ -41,19 +47,21 @@ def main() -> None:
     marks = args.out / "deaths"
     marks.mkdir(parents=True, exist_ok=True)
 
-    def after_step(step: int, run: Run) -> None:
+    def in_step(step: int, run: Run, model: nn.Module) -> None:
         for number, death in enumerate(deaths):
             mark = marks / str(number)
             ripe = step >= death["step"] and run.committed_step >= death["committed"]
             if rank == death["ranks"][0] and ripe and not mark.exists():
                 mark.touch()
-                die(death, args.name, memory)
+                die(death, args.name, memory, model)
+
+    def after_step(step: int, run: Run, model: nn.Module) -> None:
         if args.keep_up:
             wait_for_keepers(run, step)
         if args.follow_keeper and not _alive(keeper_pid(run)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(args, after_step)
+    train(args, in_step, after_step)
 
 
 def wait_for_keepers(run: Run, step: int) -> None:

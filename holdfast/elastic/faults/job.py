@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import holdfast
 from holdfast.elastic.session import Run
 
-AfterStep = Callable[[int, Run], None]
+Also = Callable[[int, Run, nn.Module], None]
+"""Something more to do with a step: its number, the run and the model."""
+
+
+def nothing(step: int, run: Run, model: nn.Module) -> None: ...
 
 
 class Cursor:
@@ -61,11 +66,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--name", default="t")
+    parser.add_argument("--in-place", action="store_true", help="`with step:` around the body")
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
     return parser
 
 
-def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: None) -> None:
+def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = nothing) -> None:
     """Train to the end, and leave final state and facts of every rank in `args.out`."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
@@ -102,10 +108,12 @@ def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: No
             redundancy=holdfast.Redundancy(parity=args.parity, nodes_per_host=args.nodes),
             name=args.name,
         ) as run:
-            recovery = run.recovery
             for step in run.steps(until=args.steps):
-                step_body(step)
-                after_step(step, run)
+                with step if args.in_place else nullcontext():
+                    step_body(step)
+                    in_step(step, run, model)
+                after_step(step, run, model)
+            recovery = run.recovery
     facts: dict[str, Any] = {"seen": cursor.seen, "lr": scheduler.get_last_lr(), "losses": losses}
     if recovery is not None:
         facts["recovery"] = {"kind": recovery.kind, "rung": recovery.rung, "step": recovery.step, "notes": list(recovery.notes)}
