@@ -24,7 +24,7 @@ from holdfast.errors import (
     UnsupportedFormat,
 )
 from holdfast.events import Event, subscribe
-from holdfast.protect import protect
+from holdfast.protect import loader, protect
 from holdfast.redundancy import Redundancy
 
 __version__ = "0.1.0"
@@ -51,6 +51,7 @@ __all__ = [
     "StorageError",
     "UnsupportedFormat",
     "__version__",
+    "loader",
     "protect",
     "subscribe",
 ]

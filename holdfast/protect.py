@@ -1,4 +1,4 @@
-"""The context manager around the training loop: the one thing most users ever call."""
+"""The context manager around the training loop, and the loader to go with it: all that most users ever call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from holdfast.errors import ConfigError
 from holdfast.redundancy import Redundancy
 
 if TYPE_CHECKING:
+    from holdfast.elastic.data import Loader
     from holdfast.elastic.session import Run
 
 
@@ -57,6 +58,30 @@ def protect(
         grace_s=_seconds("grace_s", grace_s),
     )
     return Run(state, settings)
+
+
+def loader(
+    dataset: Any,
+    *,
+    global_batch: int,
+    micro_batch: int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    **options: Any,
+) -> Loader:
+    """A loader whose samples are used exactly once, across faults and any number of ranks. Give it to `protect` as "data".
+
+    for batch in loader.step(): (model(batch.data).loss * batch.scale).backward()
+
+    `dataset` is map-style; `global_batch` samples make a step, in forwards of `micro_batch`. With fewer ranks each does more
+    forwards and the step stays the same; on_resize="scale_lr" lets the batch shrink instead (see `loader.lr_scale`). Other options
+    go to `torch.utils.data.DataLoader`, or to `make`, such as torchdata's StatefulDataLoader. Raises ConfigError.
+    """
+    from holdfast.elastic.data import Loader
+
+    options |= {"seed": seed, "shuffle": shuffle, "epochs": epochs}
+    return Loader(dataset, global_batch=global_batch, micro_batch=micro_batch, **options)
 
 
 def _steps(name: str, value: int | str, *, auto: int) -> int:

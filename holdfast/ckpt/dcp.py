@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future as PoolFuture
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -39,15 +39,17 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from holdfast.arrays import Box, Fragment, FragmentTable, dtype_name
 from holdfast.ckpt.catalog import latest, open_checkpoint
 from holdfast.ckpt.lazy import LazyCapture
-from holdfast.ckpt.plan import WritePlan, plan_write
+from holdfast.ckpt.plan import PARENT, WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
 from holdfast.ckpt.steps import step_of
+from holdfast.ckpt.storage import Place, is_remote, place
 from holdfast.ckpt.views import as_bytes
 from holdfast.ckpt.write import begin, commit, write_fragments
 from holdfast.errors import ConfigError, LayoutMismatch, StateError
@@ -84,42 +86,63 @@ def _keys_of(name: str) -> list[str]:
 class _Task:
     """What the coordinator tells a rank: where to write, the layouts of its own arrays, and the names of its items."""
 
-    directory: Path
+    directory: str
     plan: WritePlan
     rank: int
     names: dict[str, str]
+    parent: int | None
 
 
 class UniversalWriter(StorageWriter):
     """Writes a state dict as a universal checkpoint, committed when `dcp.save` returns.
 
-    `path` is the run's directory, or a step directory in it. Without `step` the number after the newest one is taken. With
-    `dcp.async_save` the writer is its own stager: the call returns at once, tensors are copied behind the forward pass, and the
-    next optimizer step waits for what is not copied yet.
+    `path` is the run's directory or the URI of a prefix in an object store, or a step directory in it. Without `step` the number
+    after the newest one is taken. With `dcp.async_save` the writer is its own stager: the call returns at once, tensors are copied
+    behind the forward pass, and the next optimizer step waits for what is not copied yet.
+
+    direct: write past the page cache (O_DIRECT), where the filesystem lets it.
+    compress: zstd levels by shell pattern over stored names, such as {"optim/*": 3}; off by default.
+    incremental: what the newest sound step has already becomes a hard link to it (directories only).
     """
 
     _synchronize_after_execute = False  # torch takes an object without this name for no stager at all
 
-    def __init__(self, path: str | os.PathLike[str], *, step: int | None = None, threads: int = 2) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        step: int | None = None,
+        threads: int = 2,
+        direct: bool = False,
+        compress: Mapping[str, int] | None = None,
+        incremental: bool = False,
+    ) -> None:
         super().__init__()
-        self.threads = threads
+        self.threads, self.direct, self.compress, self.incremental = threads, direct, compress, incremental
         self._step = step
         self._capture: LazyCapture | None = None
-        self._set_path(path)
+        self.background: Any = None
+        self.set_path(path)
 
-    def _set_path(self, path: str | os.PathLike[str]) -> None:
-        place = Path(path)
-        named = step_of(place)
-        self.root, self.step = (place, self._step) if named is None else (place.parent, named)
+    def set_step(self, step: int | None) -> None:
+        """The step of the next save; None: the one after the newest."""
+        self._step = self.step = step
+
+    def set_path(self, path: str | os.PathLike[str]) -> None:
+        where = place(path)
+        named = step_of(where)
+        self.root, self.step = (where, self._step) if named is None else (where.parent, named)
         if named is not None and self._step not in (None, named):
-            raise ConfigError(f"{place} is the directory of step {named}, but step={self._step} was given")
+            raise ConfigError(f"{where} is the directory of step {named}, but step={self._step} was given")
+        if self.incremental and is_remote(where):
+            raise ConfigError(f"{where}: object stores have no links; incremental saves need a directory")
 
     # -- the interface of DCP --
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            self._set_path(checkpoint_id)
-        self.checkpoint: Path | None = None
+            self.set_path(checkpoint_id)
+        self.checkpoint: Place | None = None
         self._task: _Task | None = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # torch looks for this very name
@@ -136,11 +159,21 @@ class UniversalWriter(StorageWriter):
         names = {key: array_name(path) for plan in plans for key, path in (plan.planner_data or {}).items()}
         rows = [_fragment(item, names, rank) for rank, plan in enumerate(plans) for item in plan.items if item.tensor_data]
         keys = {item.index.fqn: names.get(item.index.fqn, item.index.fqn) for plan in plans for item in plan.items}
-        step = self._choose_step()
-        write = plan_write(FragmentTable.from_rows(rows), step=step, layout={"world": len(plans), NAMES: keys})
+        newest = self._newest_step()
+        step = self.step if self.step is not None else 0 if newest is None else newest + 1
+        parent = newest if self.incremental else None
+        layout = {"world": len(plans), NAMES: keys, **({PARENT: parent} if parent is not None else {})}
+        table, remote = FragmentTable.from_rows(rows), is_remote(self.root)
+        write = plan_write(table, step=step, layout=layout, whole_files=remote, compress=self.compress)
         directory = begin(self.root, write, f"dcp-{os.getpid()}-{os.urandom(4).hex()}")
-        self._task = _Task(directory, write, 0, keys)
-        return [replace(plan, storage_data=_task_for(plan, directory, write, rank, keys)) for rank, plan in enumerate(plans)]
+        self._task = _Task(str(directory), write, 0, keys, parent)
+        return [replace(plan, storage_data=_task_for(plan, self._task, rank)) for rank, plan in enumerate(plans)]
+
+    def _newest_step(self) -> int | None:
+        if self.step is not None and not self.incremental:
+            return None
+        newest = latest(self.root) if self.root.is_dir() else None
+        return None if newest is None else newest.step
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         task: _Task = plan.storage_data
@@ -151,7 +184,16 @@ class UniversalWriter(StorageWriter):
         def read(row: Fragment) -> memoryview:
             return _bytes_of(sources[row.array, row.box])
 
-        write_fragments(task.directory, task.plan, task.rank, rows, read, threads=self.threads)
+        write_fragments(
+            task.directory,
+            task.plan,
+            task.rank,
+            rows,
+            read,
+            threads=self.threads,
+            direct=self.direct,
+            parent=self._parent(task),
+        )
         results = [self._result(item, task, planner) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -169,18 +211,15 @@ class UniversalWriter(StorageWriter):
         # DCP takes an object for equal on all ranks and lets any one of them write it.
         texts = dict(result.storage_data for written in results for result in written if result.storage_data is not None)
         objects = {rank: texts if rank == 0 else {} for rank in range(len(results))}
-        nodes = range(len(results))
-        self.checkpoint = commit(self.root, self._task.directory, self._task.plan, nodes=nodes, objects=objects)
+        nodes, parent = range(len(results)), self._parent(self._task)
+        self.checkpoint = commit(self.root, self._task.directory, self._task.plan, nodes=nodes, objects=objects, parent=parent)
 
-    def _choose_step(self) -> int:
-        if self.step is not None:
-            return self.step
-        newest = latest(self.root) if self.root.is_dir() else None
-        return 0 if newest is None else newest.step + 1
+    def _parent(self, task: _Task) -> Checkpoint | None:
+        return None if task.parent is None else open_checkpoint(self.root, task.parent)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in str(checkpoint_id)
+        return bool(str(checkpoint_id))
 
     # -- the interface of DCP's stagers --
 
@@ -211,6 +250,10 @@ class UniversalWriter(StorageWriter):
             self._capture.fence()
 
     def close(self) -> None:
+        """Let threads and buffers go, after the saves that were begun have ended."""
+        if self.background is not None:
+            self.background.close()
+            self.background = None
         if self._capture is not None:
             self._capture.close()
             self._capture = None
@@ -220,13 +263,23 @@ class UniversalWriter(StorageWriter):
         return tensor if self._capture is None else self._capture.copy_of(tensor)
 
 
+def save_state_dict(state_dict: dict[str, Any], writer: UniversalWriter, group: Any, *, alone: bool) -> None:
+    """`dcp.save`, raising what went wrong itself; torch wraps it in an exception that `except Exception` does not catch."""
+    try:
+        save(state_dict, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()), None)
+        raise (error if first is None else first[0]) from error
+
+
 def _tensor_items(plan: SavePlan) -> list[WriteItem]:
     return [item for item in plan.items if item.tensor_data]
 
 
-def _task_for(plan: SavePlan, directory: Path, write: WritePlan, rank: int, names: Mapping[str, str]) -> _Task:
-    own = {item.index.fqn: names[item.index.fqn] for item in plan.items}
-    return _Task(directory, write.part({own[item.index.fqn] for item in _tensor_items(plan)}), rank, own)
+def _task_for(plan: SavePlan, task: _Task, rank: int) -> _Task:
+    own = {item.index.fqn: task.names[item.index.fqn] for item in plan.items}
+    arrays = {own[item.index.fqn] for item in _tensor_items(plan)}
+    return replace(task, plan=task.plan.part(arrays), rank=rank, names=own)
 
 
 def _fragment(item: WriteItem, names: Mapping[str, str], rank: int) -> Fragment:
@@ -270,8 +323,11 @@ def _without_live_values(value: Any, path: str, tensors: list[tuple[str, torch.T
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
+    if not hasattr(tensor, "to_local"):
+        return tensor
     with torch.no_grad():
-        return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        local: torch.Tensor = tensor.to_local()
+        return local
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -340,7 +396,7 @@ class UniversalReader(StorageReader):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        return "://" not in str(checkpoint_id)
+        return bool(str(checkpoint_id))
 
     def _names(self) -> dict[str, str]:
         names = self.checkpoint.layout.get(NAMES, {})

@@ -20,6 +20,7 @@ from holdfast.ckpt.durable import disk_errors
 from holdfast.ckpt.plan import plan_write
 from holdfast.ckpt.reader import Progress
 from holdfast.ckpt.safetensors import StoredTensor, read_header
+from holdfast.ckpt.storage import Place, is_remote
 from holdfast.ckpt.strips import flat_offset
 from holdfast.ckpt.write import begin, commit, write_fragments
 from holdfast.errors import ConfigError, CorruptData, MissingData, NotACheckpoint, UnsupportedFormat
@@ -84,7 +85,7 @@ def import_checkpoint(
     group: str = "model",
     threads: int = 2,
     progress: Progress | None = None,
-) -> Path:
+) -> Place:
     """The source as a committed step of the run at `root`. Names without a group are put under `group`."""
     named = {_grouped(name, group): array for name, array in source.arrays.items()}
     rows, arrays = [], {}
@@ -94,7 +95,8 @@ def import_checkpoint(
                 nbytes = piece.size * ITEMSIZE[array.spec.dtype]
                 rows.append(Fragment(name, array.spec.dtype, array.spec.shape, piece.offset, piece.shape, 0, 0, nbytes))
         arrays[name] = array
-    plan = plan_write(FragmentTable.from_rows(rows), step=step, layout={"world": 1, "imported_from": source.kind})
+    layout = {"world": 1, "imported_from": source.kind}
+    plan = plan_write(FragmentTable.from_rows(rows), step=step, layout=layout, whole_files=is_remote(root))
     directory = begin(root, plan, f"import-{os.getpid()}-{os.urandom(4).hex()}")
     write_fragments(directory, plan, 0, rows, lambda row: arrays[row.array].read(row.box), threads=threads, progress=progress)
     objects = {name: encode_object(value, name) for name, value in source.objects.items()}

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
 from holdfast.ckpt.catalog import find_step, open_checkpoint
@@ -20,10 +22,11 @@ from holdfast.ckpt.durable import disk_errors, replace_durably, sync_path
 from holdfast.ckpt.manifest import DOCUMENTS, StoredRun, read_checked, read_commit
 from holdfast.ckpt.reader import Checkpoint, Progress, open_directory
 from holdfast.ckpt.steps import Address
+from holdfast.ckpt.storage import local
 from holdfast.ckpt.strips import ArrayLayout, Run
-from holdfast.ckpt.verify import Damage, VerifyReport
+from holdfast.ckpt.verify import Damage, VerifyReport, shard_end
 from holdfast.ckpt.views import run_bytes
-from holdfast.ckpt.zarrdoc import array_document, group_document, shard_index, to_json
+from holdfast.ckpt.zarrdoc import array_document, group_document, to_json
 from holdfast.errors import HoldfastError, LayoutMismatch
 
 
@@ -55,7 +58,7 @@ def repair(path: str | Path, replica: str | Path, *, dry_run: bool = False, prog
     COMMIT itself has to be sound, for it decides what is right. Raises LayoutMismatch when the replica holds other arrays.
     """
     address = Address.parse(str(path))
-    directory = find_step(address.path, address.step)
+    directory = local(find_step(address.path, address.step), "repair")
     source = open_checkpoint(replica, None if Address.parse(str(replica)).step is not None else read_commit(directory).step)
     documents = _documents(directory, source)
     if not dry_run:
@@ -108,6 +111,8 @@ def _patches(checkpoint: Checkpoint, source: Checkpoint, damage: Damage) -> Iter
 
 
 def _block_from(source: Checkpoint, checkpoint: Checkpoint, run: StoredRun, block: int) -> memoryview | None:
+    if run.is_packed:
+        return _packed_block_from(source, run, block)
     rows = checkpoint.block_box(run, block)
     dtype = checkpoint.specs[run.array].dtype
     itemsize = checkpoint.specs[run.array].nbytes // Box.whole(checkpoint.specs[run.array].shape).size
@@ -122,6 +127,18 @@ def _block_from(source: Checkpoint, checkpoint: Checkpoint, run: StoredRun, bloc
     at = block * BLOCK_NBYTES - first
     found = data[at : at + min(BLOCK_NBYTES, run.nbytes - block * BLOCK_NBYTES)]
     return found if block_crcs(found)[0] == run.blocks[block] else None
+
+
+def _packed_block_from(source: Checkpoint, run: StoredRun, block: int) -> memoryview | None:
+    """Compressed bytes can only come from a replica that compressed the same chunk to the same bytes."""
+    for twin in source.runs(run.array):
+        if twin.is_packed and twin.box == run.box and twin.nbytes == run.nbytes and np.array_equal(twin.blocks, run.blocks):
+            start = block * BLOCK_NBYTES
+            try:
+                return source.read_run(twin, start, min(start + BLOCK_NBYTES, run.nbytes))
+            except HoldfastError:
+                return None  # damaged in the replica too
+    return None
 
 
 def _derived(checkpoint: Checkpoint, report: VerifyReport) -> list[str]:
@@ -147,7 +164,7 @@ def _is_covered(checkpoint: Checkpoint, damage: Damage, patches: list[_Patch]) -
 
 
 def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
-    path = checkpoint.path / file
+    path = local(checkpoint.path, "repair") / file
     path.parent.mkdir(parents=True, exist_ok=True)
     if file.endswith("/zarr.json"):
         name = file.removesuffix("/zarr.json")
@@ -162,9 +179,9 @@ def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
         for patch in patches:
             os.pwrite(fd, patch.data, patch.byte_offset)
         layout, shard = _shard_of(checkpoint, file)
-        os.ftruncate(fd, layout.data_nbytes(shard))
-        if not layout.is_plain:
-            os.pwrite(fd, shard_index(layout, shard), layout.data_nbytes(shard))
+        index, begins = shard_end(layout, shard, checkpoint.runs(layout.spec.name))
+        os.ftruncate(fd, begins)
+        os.pwrite(fd, index, begins)
         os.fsync(fd)
     finally:
         os.close(fd)

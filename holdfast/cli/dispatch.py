@@ -32,6 +32,7 @@ VERBS = {
     "repair": "put damaged bytes right from a replica",
     "prune": "remove old checkpoints, by a rule",
     "report": "what happened to a run, incident by incident",
+    "audit": "was every sample used exactly once?",
     "doctor": "look at this machine the way holdfast does",
 }
 """Every verb and its one line; a verb whose module `holdfast.cli.<verb>` is not there is not offered."""

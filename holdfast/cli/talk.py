@@ -31,6 +31,10 @@ def print_json(value: Any) -> None:
 
 
 def plain(value: Any) -> Any:
+    from holdfast.ckpt.storage import RemotePath  # a verb that prints one has loaded it
+
+    if isinstance(value, RemotePath):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, Path):

@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import guards, restore
+from holdfast.elastic.chronicle import Chronicle
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
+from holdfast.elastic.journal import records_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
@@ -131,6 +133,7 @@ class Run:
         self._begun = False
         self._staleness = guards.Staleness(self.name)
         self._witness: Witness | None = None
+        self._chronicle: Chronicle | None = None
 
     @property
     def stats(self) -> Stats:
@@ -155,6 +158,9 @@ class Run:
         """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
         if self._in_place is None or not self._in_place.is_due(error):
             return False
+        if self._chronicle is not None:
+            self._chronicle.close(self.step, error or InterruptedError("another rank died"))
+            self._chronicle = None
         self._in_place.recover(error, self._enter_again)
         return True
 
@@ -164,7 +170,7 @@ class Run:
 
     def _enter(self) -> None:
         self._held.close()  # of an attempt that somebody's death has ended
-        started = time.perf_counter()
+        started, entered_s = time.perf_counter(), time.time()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
@@ -181,7 +187,8 @@ class Run:
         sources = {place.node: own} if place.leads_node else {}
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
-        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        records = records_of(self._settings.checkpoints, self.name)
+        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap, records)
         if restored.recovery is None and any(team.all(lambda: self._begun)):
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
         link = team_link(team, own, env, self._room_needed(team))
@@ -203,6 +210,17 @@ class Run:
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
+        self._chronicle = Chronicle.open(
+            team,
+            job=self.name,
+            checkpoints=self._settings.checkpoints,
+            objects=self._tracked.objects,
+            step=self.step,
+            entered_s=entered_s,
+            in_place=self._in_place is not None and restored.recovery is not None,
+            recovery=self.recovery,
+            phases=clock.laps,
+        )
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
@@ -341,6 +359,8 @@ class Run:
         self.step += 1
         if self._witness is not None:
             self._witness.completed(self.step, self._tracked)
+        if self._chronicle is not None:
+            self._chronicle.step_done(self.step, capturer.stats.stall_s)
         # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
         capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
@@ -374,6 +394,8 @@ class Run:
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
+            if self._chronicle is not None:
+                self._chronicle.close(self.step, error)
             self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:

@@ -25,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from holdfast.arrays import Fragment, FragmentTable
+from holdfast.ckpt.storage import place
 from holdfast.coding import crc32c
 from holdfast.errors import ClusterError, KeeperUnreachable, MissingData, StaleEpoch
 from holdfast.events import crash_point, emit
@@ -261,7 +262,7 @@ class Keeper:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
 
         table = FragmentTable.from_bytes(payload)
-        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
+        written = spill.write_part(place(directory), table, step, layout, self.node, frozenset(slots), read)
         return {"nbytes": written}
 
     def verb_range(self, name: str, epoch: int, step: int, offset: int, nbytes: int, connection: int) -> Reply:

@@ -10,12 +10,13 @@ import secrets
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from holdfast import ckpt
 from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fragments
+from holdfast.ckpt.storage import Place, is_remote, place
 from holdfast.errors import StaleEpoch
 from holdfast.events import crash_point
 from holdfast.snapshot.view import Member, View
@@ -24,7 +25,7 @@ from holdfast.snapshot.wire import Connection
 
 def write_checkpoint(
     view: View, step: int, index: int, is_current: Callable[[], bool] = lambda: True, *, fenced: bool = True
-) -> tuple[Path, int]:
+) -> tuple[Place, int]:
     """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes.
 
     The members are asked as of `view.epoch` where `fenced`, so that those which have gone on to another epoch refuse. Raises
@@ -44,7 +45,7 @@ def write_checkpoint(
         table, objects = gather(view, step, index, **sender)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
-        plan = ckpt.plan_write(table, step=step, layout=layout)
+        plan = _plan(table, step, layout, view.checkpoints)
         directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
         crash_point("spill.begun")
         try:
@@ -56,14 +57,22 @@ def write_checkpoint(
             path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
         except BaseException:
             # Room may be what it failed for. A reader never saw it, and the next attempt has a directory of its own.
-            shutil.rmtree(directory, ignore_errors=True)
+            _discard(directory)
             raise
         return path, table.nbytes
 
 
-def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
+def _discard(directory: Place) -> None:
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+        return
+    with suppress(OSError):  # the store may be what failed; what is left there is nobody's checkpoint, and prune removes it
+        directory.remove_tree()
+
+
+def _already_written(checkpoints: str, step: int) -> tuple[Place, int] | None:
     """The checkpoint of this step from before a recovery that trained it again: it is as good, and is never overwritten."""
-    if not Path(checkpoints).is_dir():
+    if not place(checkpoints).is_dir():
         return None
     found = [info for info in ckpt.list_steps(checkpoints) if info.step == step and ckpt.is_sound(info)]
     return (found[0].path, found[0].nbytes) if found else None
@@ -84,8 +93,12 @@ def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTa
     return distinct_fragments(FragmentTable.concat(tables)), objects
 
 
+def _plan(table: FragmentTable, step: int, layout: dict[str, Any], where: str | Place) -> ckpt.WritePlan:
+    return ckpt.plan_write(table, step=step, layout=layout, whole_files=is_remote(where))
+
+
 def write_part(
-    directory: Path,
+    directory: Place,
     table: FragmentTable,
     step: int,
     layout: dict[str, Any],
@@ -94,7 +107,7 @@ def write_part(
     read: Callable[[Fragment], memoryview],
 ) -> int:
     """Write the fragments that this node's ranks hold; returns the bytes written."""
-    plan = ckpt.plan_write(table, step=step, layout=layout)
+    plan = _plan(table, step, layout, directory)
     rows = [row for row in table if row.rank in ranks]
     return ckpt.write_fragments(directory, plan, node, rows, read)
 

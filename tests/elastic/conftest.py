@@ -36,17 +36,24 @@ class Job:
         return Path(self.env["HOLDFAST_MEMORY"])
 
     def start(
-        self, *arguments: str, ranks: int = 2, restarts: int = 3, out: Path | None = None, spares: str = "", **env: str
+        self,
+        *arguments: str,
+        ranks: int = 2,
+        restarts: int = 3,
+        out: Path | None = None,
+        script: Path = SCRIPT,
+        spares: str = "",
+        **env: str,
     ) -> Path:
         """`spares`: under the launcher that replaces single ranks, with this choice of spares; else under torchrun alone."""
         self.results += 1
         out = out or self.place / f"out-{self.results}"
         out.mkdir(exist_ok=True)
-        command = [sys.executable, str(SCRIPT)]
+        command = [sys.executable, str(script)]
         if ranks:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             launcher = ["-m", "holdfast.elastic.run", "--spares", spares] if spares else []
-            command = [*torchrun, f"--max-restarts={restarts}", *launcher, str(SCRIPT)]
+            command = [*torchrun, f"--max-restarts={restarts}", *launcher, str(script)]
         log = (out / "log").open("w")
         process = subprocess.Popen(
             [*command, "--out", str(out), *arguments],
