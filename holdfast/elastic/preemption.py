@@ -1,11 +1,13 @@
 """SIGTERM to a trainer: the keepers get the grace time to make the newest snapshot a checkpoint, then the process ends.
 
 Python runs a handler only when the main thread comes back to it, and a rank that waits in a collective does not. So the signal is
-heard through the interpreter's wake-up socket by a thread of its own, and the handler does no more than wait for that thread.
+heard through the interpreter's wake-up socket by a thread of its own, which also ends the process where nobody else's handler
+would have: a rank that is stuck must not keep its launcher waiting.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -51,6 +53,8 @@ class Preemption:
             while heard := self._ears.recv(16):
                 if signal.SIGTERM in heard:
                     self._save_once()
+                    if self._previous is signal.SIG_DFL:
+                        _end()
 
     def _save_once(self) -> None:
         if not self._once.acquire(blocking=False):
@@ -68,6 +72,11 @@ class Preemption:
         self._saved.wait(self._grace_s)
         if callable(self._previous):
             self._previous(number, frame)
-        elif self._previous is not signal.SIG_IGN:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
+        elif self._previous is signal.SIG_DFL:
+            _end()
+
+
+def _end() -> None:
+    """End as SIGTERM ends a process that does not listen; from any thread, whatever the main thread is doing."""
+    ctypes.pythonapi.PyOS_setsig(int(signal.SIGTERM), 0)  # signal.signal is for the main thread alone
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -300,6 +300,16 @@ class Run:
                 redundancy.parity,
             )
 
+        if team.rank == 0 and any(member.domain for member in view.members):
+            for group in view.groups():
+                if not group.survives_domain:
+                    logger.warning(
+                        "nodes %s protect each other and up to %d of them share a failure domain; parity covers %d",
+                        list(group.nodes),
+                        group.crowding,
+                        group.layout.m,
+                    )
+
         def enter() -> None:
             if place.leads_node:
                 ask_once(memory, "join", view=view.to_json())

@@ -16,6 +16,7 @@ from holdfast.snapshot.view import Member
 
 ENDPOINT = "keeper.json"
 SOCKET = "keeper.sock"
+LOCK = "keeper.lock"
 LOCK_PATIENCE_S = 15.0
 
 
@@ -24,7 +25,7 @@ def only_one(memory: Path) -> int:
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(memory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all

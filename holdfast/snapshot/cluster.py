@@ -25,6 +25,7 @@ from typing import IO, Any
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
+from holdfast.snapshot.janitor import sweep
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
     places = {node: node_memory(memory, job, node) for node in nodes}
     with _host_lock():
         missing = [node for node, place in places.items() if not _answers(place)]
+        if missing:
+            sweep(home(memory), but=job)
         started: dict[int, subprocess.Popen[bytes]] = {}
         if missing and kind == "ray":
             _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
@@ -402,12 +405,24 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
         for address in filter(None, [ray.address if ray else None, ray_address]):
             _in_helper("kill", json.dumps({"address": address}))
         for node in nodes:
+            _shut_down(Path(node.memory))
+        for node in nodes:
             _end(node.pid)
         if ray is not None:
             _end_session(ray.pid)
         shutil.rmtree(base, ignore_errors=True)
     shutil.rmtree(runtime_dir(), ignore_errors=True)
     return Cleared(len(nodes), ray is not None, nbytes)
+
+
+def _shut_down(place: Path) -> None:
+    """Ask a keeper to end and give its memory back; a signal alone would have it save its snapshots first."""
+    with suppress(HoldfastError):
+        connection = connect(place, timeout_s=5)
+        try:
+            connection.ask("shutdown")
+        finally:
+            connection.close()
 
 
 def _end(pid: int) -> None:

@@ -222,6 +222,7 @@ class Keeper:
             self.slots.keep_only(ranks)
             crash_point("keeper.committed")
             self._last["committed"] = time.time()
+            self.members.touch()
             self.tell(Acknowledged(self.node, step, self.progress()))
             self.lead.committed(step, index)
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
@@ -347,6 +348,11 @@ class Keeper:
 
     def verb_shutdown(self) -> None:
         threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
+
+    @property
+    def has_ended(self) -> bool:
+        """The run of this keeper is over, saved or not."""
+        return self._ended is not None
 
     @property
     def is_closed(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,13 @@ class Membership:
         fresh.touch(mode=0o600)
         fresh.write_text(json.dumps(fields))
         fresh.rename(self._journal)
+
+    def touch(self) -> None:
+        """Note that the run is alive; the age of what it leaves counts from here."""
+        try:
+            os.utime(self._journal)
+        except OSError as error:
+            logger.warning("node %d: %s cannot be touched: %s", self.node, self._journal, error)
 
     def take_over(self) -> tuple[Header, Header | None]:
         """What a predecessor wrote down: this keeper is adrift where that one was a member. Its trainers, and how its run ended."""

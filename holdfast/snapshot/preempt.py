@@ -82,7 +82,7 @@ class Preempt:
             with self._lock:
                 view = self._members.view
                 committed, written = self._committed(), self._keeper.checkpointed
-                if committed <= written:
+                if committed <= written or self._keeper.is_closed:
                     return True
                 if view is None or view.checkpoints is None:
                     return False
@@ -92,7 +92,7 @@ class Preempt:
                         self._keeper.tell(Hurry())
                 except StaleEpoch:
                     return False
-            if time.monotonic() - started > grace_s or self._keeper.is_closed:
+            if time.monotonic() - started > grace_s:
                 logger.error(
                     "step %d is not a checkpoint after the %.0f s of grace; the newest one is of step %d",
                     committed,

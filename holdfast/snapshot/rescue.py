@@ -49,8 +49,8 @@ class Rescue:
     def _watch(self) -> None:
         epoch = 0
         while not self._keeper.wait_closed(PING_S):
-            view = self._members.view
-            if view is None or view.checkpoints is None:
+            view = self._members.known()  # the last one where this keeper is adrift: who waits for a dead peer rescues as well
+            if view is None or view.checkpoints is None or self._keeper.has_ended:
                 continue
             if view.epoch != epoch:
                 epoch, self._next = view.epoch, 0.0
@@ -95,7 +95,10 @@ class Rescue:
                 return
             crash_point("rescue.rebuilt")
             left = replace(view, members=tuple(members))
-            path, nbytes = spill.write_checkpoint(left, plan.step, plan.index, lambda: self._members.view is view)
+            # Some of them may be adrift. Slots that were refilled meanwhile would show in their CRCs.
+            path, nbytes = spill.write_checkpoint(
+                left, plan.step, plan.index, lambda: self._members.known() is view, fenced=False
+            )
         except (HoldfastError, OSError) as error:
             logger.error("the survivors of node(s) %s could not write a checkpoint: %s: %s", lost, type(error).__name__, error)
             emit("rescue.failed", job=view.job, lost=lost, error=str(error))

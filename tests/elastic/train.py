@@ -19,7 +19,10 @@ from holdfast.snapshot.cluster import node_memory
 
 
 def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> None:
-    """What the schedule of the test asks for: this process, or whole nodes at once with keepers and memory."""
+    """What the schedule of the test asks for: this process, its keeper alone, or whole nodes with keepers and memory."""
+    if death["kind"] == "keeper":
+        os.kill(Endpoint.read(node_memory(memory, name, death["ranks"][0])).pid, signal.SIGKILL)
+        return
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
     if death["kind"] == "backward":  # of the next step, while the other ranks wait in its collectives
@@ -39,6 +42,7 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--halt", type=int, help="train no step after this one, and end as if it were the last")
     parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))

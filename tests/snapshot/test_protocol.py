@@ -19,13 +19,14 @@ from holdfast import ckpt, events
 from holdfast.errors import StaleEpoch
 from holdfast.snapshot import coordinator as coordinator_module
 from holdfast.snapshot import rescue
+from holdfast.snapshot.client import Endpoint
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.keeper import Keeper
 from holdfast.snapshot.plan import plan_restore
 from holdfast.snapshot.regroup import make_whole
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.view import Member, groups
-from tests.snapshot.test_keeper import Cluster, Rank, finish, quiet, stored, wait_until
+from tests.snapshot.test_keeper import Cluster, HostedKeeper, Rank, finish, quiet, stored, wait_until
 
 
 @pytest.fixture
@@ -399,6 +400,15 @@ def test_a_rack_that_dies_whole_is_rebuilt_from_the_others(start: Callable[..., 
     quiet(cluster)
     lose(cluster, (0, 1))
     recover(cluster, 2)
+
+
+def test_a_keeper_says_in_which_failure_domain_it_is(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOLDFAST_DOMAIN", "rack-7")
+    keeper = HostedKeeper(shm / "job" / "node-0")
+    try:
+        assert Endpoint.read(keeper.place).member.domain == "rack-7"
+    finally:
+        keeper.end()
 
 
 def test_one_node_alone_survives_its_trainers_and_says_that_it_survives_nothing_else(start: Callable[..., Cluster]) -> None:
