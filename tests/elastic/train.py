@@ -42,7 +42,6 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
-    parser.add_argument("--halt", type=int, help="train no step after this one, and end as if it were the last")
     parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
     rank = int(os.environ.get("RANK", 0))

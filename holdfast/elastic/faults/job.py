@@ -66,6 +66,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--name", default="t")
+    parser.add_argument("--halt", type=int, help="train no step after this one, and end as if it were the last")
     parser.add_argument("--in-place", action="store_true", help="`with step:` around the body")
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
     return parser
@@ -98,7 +99,7 @@ def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = 
 
     recovery = None
     if args.bare:
-        for step in range(1, args.steps + 1):
+        for step in range(1, (args.steps if args.halt is None else args.halt) + 1):
             step_body(step)
     else:
         with holdfast.protect(
@@ -109,6 +110,8 @@ def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = 
             name=args.name,
         ) as run:
             for step in run.steps(until=args.steps):
+                if args.halt is not None and step > args.halt:
+                    break
                 with step if args.in_place else nullcontext():
                     step_body(step)
                     in_step(step, run, model)
