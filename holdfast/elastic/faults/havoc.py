@@ -94,6 +94,8 @@ class Scene:
                     shutil.rmtree(places[node], ignore_errors=True)
         for rank in ranks:
             _send(trainers.get(rank), number)
+            if number == signal.SIGKILL:
+                _wait_for_end(trainers.get(rank))  # its mappings hold the memory until then
         if fault.ray:
             _send(json.loads((self.runtime / "ray.json").read_text())["pid"], number)
 
