@@ -132,8 +132,8 @@ class Run:
         self._in_place: InPlace | None = None
         self._begun = False
         self._staleness = guards.Staleness(self.name)
-        self._chronicle: Chronicle | None = None
         self._witness: Witness | None = None
+        self._chronicle: Chronicle | None = None
 
     @property
     def stats(self) -> Stats:
@@ -205,7 +205,8 @@ class Run:
         self._start(link, team.rank, restored)
         self._witness = Witness.summoned(os.environ, team.rank)
         if self._witness is not None:
-            self._witness.started(self.step, restored.recovery.rung if restored.recovery else None, self._tracked)
+            rung = restored.recovery.rung if restored.recovery else None
+            self._witness.started(self.step, rung, link.page["epoch"], self._tracked)
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)

@@ -23,7 +23,7 @@ VARIABLE = "HOLDFAST_WITNESS"
 
 
 class Witness:
-    """Appends what this rank's state is. `start` numbers the starts of the job, equal for all ranks that started together."""
+    """Appends what this rank's state is. `start` is equal for all ranks whose processes torchrun started together."""
 
     def __init__(self, folder: Path, rank: int, start: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,9 @@ class Witness:
     def completed(self, step: int, state: TrackedState) -> None:
         self._write({"fact": "step", "step": step, "digest": digest(state), "rng": rng_digest()})
 
-    def started(self, step: int, rung: str | None, state: TrackedState) -> None:
-        """What entering has come to: restored from `rung`, or from nothing (None, step 0)."""
+    def started(self, step: int, rung: str | None, epoch: int, state: TrackedState) -> None:
+        """What entering `epoch` has come to: restored from `rung`, or from nothing (None, step 0)."""
+        self._start = f"{self._start.partition('#')[0]}#{epoch}"  # survivors of a recovery in place were not started anew
         self._write({"fact": "start", "step": step, "rung": rung, "digest": digest(state), "rng": rng_digest()})
 
     def ended(self, step: int) -> None:

@@ -64,8 +64,10 @@ class Rot:
     problem: str = ""
 
     def __str__(self) -> str:
-        ending = f"cannot be repaired: {self.problem}" if self.problem else "repaired from parity"
-        return f"{self.slot}, step {self.step}, {self.region}: {self.nbytes} bytes had rotted, {ending}"
+        where = f"{self.slot}, step {self.step}, {self.region}"
+        if self.problem:
+            return f"{where} has rotted and cannot be repaired: {self.problem}"
+        return f"{where} had rotted; {self.nbytes} bytes are rewritten"
 
 
 @dataclass(slots=True)

@@ -191,7 +191,7 @@ def test_what_was_not_expected_never_came_or_never_ended_is_a_failure() -> None:
 
 def test_the_report_names_silent_errors_even_when_there_are_none() -> None:
     outcomes = [Outcome("a", ("kill rank 1",), Verdict.RECOVERED, "", ((4, "parity"),), 9.0)]
-    assert list(report_lines(outcomes))[-1] == "1 schedules: 1 recovered, 0 loud errors, 0 silent errors"
+    assert list(report_lines(outcomes))[-1] == "1 schedule: 1 recovered, 0 loud errors, 0 silent errors"
     assert counts(outcomes) == {"recovered": 1, "loud_error": 0, "silent_error": 0}
     assert is_good(outcomes)
     assert not is_good([])

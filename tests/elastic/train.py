@@ -50,19 +50,21 @@ def main() -> None:
     marks = args.out / "deaths"
     marks.mkdir(parents=True, exist_ok=True)
 
-    def after_step(step: int, run: Run) -> None:
+    def in_step(step: int, run: Run, model: nn.Module) -> None:
         for number, death in enumerate(deaths):
             mark = marks / str(number)
             ripe = step >= death["step"] and run.committed_step >= death["committed"]
             if rank == death["ranks"][0] and ripe and not mark.exists():
                 mark.touch()
-                die(death, args.name, memory, run._tracked.modules["model"])
+                die(death, args.name, memory, model)
+
+    def after_step(step: int, run: Run, model: nn.Module) -> None:
         if args.keep_up:
             wait_for_keepers(run, step)
         if args.follow_keeper and not _alive(keeper_pid(run)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(args, after_step)
+    train(args, in_step, after_step)
 
 
 def wait_for_keepers(run: Run, step: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from holdfast.elastic.faults.schedule import Fault
 from holdfast.environment import home
-from holdfast.errors import HoldfastError
+from holdfast.errors import ClusterError, HoldfastError
 from holdfast.snapshot.birth import SOCKET, is_alive
 from holdfast.snapshot.client import Endpoint
 from holdfast.snapshot.control import ControlPage
@@ -94,6 +94,8 @@ class Scene:
                     shutil.rmtree(places[node], ignore_errors=True)
         for rank in ranks:
             _send(trainers.get(rank), number)
+            if number == signal.SIGKILL:
+                _wait_for_end(trainers.get(rank))  # its mappings hold the memory until then
         if fault.ray:
             _send(json.loads((self.runtime / "ray.json").read_text())["pid"], number)
 
@@ -129,7 +131,12 @@ class Scene:
             _send(endpoint.pid, signal.SIGKILL)
             _wait_for_end(endpoint.pid)
             words = [str(place / SOCKET), endpoint.member.address, str(endpoint.member.port)]
-            self._impostors.append(subprocess.Popen([sys.executable, "-m", "holdfast.elastic.faults.impostor", *words]))
+            command = [sys.executable, "-m", "holdfast.elastic.faults.impostor", *words]
+            impostor = subprocess.Popen(command, stdout=subprocess.PIPE)
+            self._impostors.append(impostor)
+            assert impostor.stdout is not None
+            if not impostor.stdout.readline():  # the trainers, who would start the keeper again, stand still meanwhile
+                raise ClusterError(f"nobody else could be put in the place of node {node}'s keeper")
 
     # -- standing still --
 
@@ -149,7 +156,7 @@ class Scene:
         """End the impostors and give the room back."""
         for process in self._impostors:
             process.kill()
-            process.wait()
+            process.communicate()
         for ballast in self._ballast:
             ballast.unlink(missing_ok=True)
 

@@ -10,7 +10,6 @@ import socket
 import struct
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -40,22 +39,12 @@ def _answer(peer: socket.socket, source: random.Random) -> None:
 
 def main(path: str, host: str, port: str) -> None:
     source = random.Random(7)
+    network = socket.create_server((host, int(port)), backlog=16)
     Path(path).unlink(missing_ok=True)
     local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     local.bind(path)
-    network = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    network.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            network.bind((host, int(port)))
-            break
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)  # the last one's connections are still being taken down
-    for listener in (local, network):
-        listener.listen(16)
+    local.listen(16)
+    print("in place", flush=True)
     threading.Thread(target=serve, args=(local, source), daemon=True).start()
     serve(network, source)
 

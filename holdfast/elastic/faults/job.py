@@ -24,7 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import holdfast
 from holdfast.elastic.session import Run
 
-AfterStep = Callable[[int, Run], None]
+Also = Callable[[int, Run, nn.Module], None]
+"""Something more to do with a step: its number, the run and the model."""
+
+
+def nothing(step: int, run: Run, model: nn.Module) -> None: ...
 
 
 class Cursor:
@@ -68,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: None) -> None:
+def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = nothing) -> None:
     """Train to the end, and leave final state and facts of every rank in `args.out`."""
     torch.set_num_threads(1)
     if "RANK" in os.environ:
@@ -109,7 +113,8 @@ def train(args: argparse.Namespace, after_step: AfterStep = lambda step, run: No
             for step in run.steps(until=last):
                 with step if args.in_place else nullcontext():
                     step_body(step)
-                    after_step(step, run)
+                    in_step(step, run, model)
+                after_step(step, run, model)
             recovery = run.recovery
     facts: dict[str, Any] = {"seen": cursor.seen, "lr": scheduler.get_last_lr(), "losses": losses}
     if recovery is not None:

@@ -26,7 +26,9 @@ def report_lines(outcomes: Sequence[Outcome]) -> Iterator[str]:
     yield ""
     number = counts(outcomes)
     named = {key.replace("_", " "): count for key, count in number.items()}
-    yield f"{len(outcomes)} schedules: " + ", ".join(f"{count} {key}{_s(key, count)}" for key, count in named.items())
+    yield f"{len(outcomes)} schedule{'' if len(outcomes) == 1 else 's'}: " + ", ".join(
+        f"{count} {key}{_s(key, count)}" for key, count in named.items()
+    )
 
 
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:

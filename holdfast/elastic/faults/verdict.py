@@ -82,7 +82,7 @@ def judge(
         return Verdict.SILENT, silent[0]
     never = list(missed)
     if code is None:
-        return Verdict.HUNG, _tail(log)
+        return Verdict.HUNG, f"it was ended after its time; the last that it said: {loud_error(log) or _tail(log)}"
     if never:
         return Verdict.MISSED, f"{never[0]} never came to pass; the run ended with {code}"
     if code == 0:
