@@ -55,7 +55,7 @@ class Report:
         """The one JSON object on stdout, or a table of the same."""
         if as_json:
             report = {"schema": 1, "machine": asdict(machine(packages)), "rows": self.rows, "goals": self.goals}
-            print(json.dumps(_rounded(report), indent=1, ensure_ascii=False))
+            print(json.dumps(rounded(report), indent=1, ensure_ascii=False))
         else:
             print("\n".join(self._table()))
 
@@ -152,10 +152,10 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Four digits: more would claim a precision that no benchmark has."""
     if isinstance(value, float):
         return float(f"{value:.4g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value

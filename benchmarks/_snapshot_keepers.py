@@ -24,7 +24,7 @@ from holdfast.arrays import Fragment, FragmentTable
 from holdfast.snapshot.client import Endpoint, Link, connect
 from holdfast.snapshot.cluster import ensure_keepers, node_memory
 from holdfast.snapshot.exchange import PIECE_NBYTES, SlotReader, slot_name
-from holdfast.snapshot.recovery import Survey, plan_restore
+from holdfast.snapshot.plan import Survey, plan_restore
 from holdfast.snapshot.view import View
 
 FRAGMENTS = 48

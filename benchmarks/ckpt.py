@@ -3,9 +3,12 @@
     python benchmarks/ckpt.py [--json] [--quick]
 
 The state is 1 GB of float32 in 40 tensors (two of 32000×1024, 28 of 2560×2560, ten of 2560). A save counts until every file is
-fsynced; a load is with the page cache warm, into buffers that exist. `2 ranks` are two processes with gloo, FSDP2's layout; the
-resharded load wants each rank's half of the columns. Stall is the time that the training thread waits for an asynchronous save:
-in the call, and before the optimizer's step, with half a second of matmul in between.
+fsynced (by us, where the library does not); a load is with the page cache warm, into buffers that exist. `2 ranks` are two
+processes with gloo, FSDP2's layout; the resharded load wants each rank's half of the columns. Stall is the time that the training
+thread waits for an asynchronous save: in the call, and before the optimizer's step, with half a second of matmul in between.
+`holdfast` is given live objects there, the others a state dict that was made before the clock started.
+
+torch-checkpointing 0.1.1 runs with use_direct_io=False: as shipped it fails on ext4.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ["torch", "numpy", "zarr", "pyarrow", "safetensors", "tensorstore", "torch-checkpointing"]
 REPORT = Report()
-NO_TC = "0.1.1 opens O_DIRECT with unaligned buffers and fails on ext4 (EINVAL)"
+TC = "torch-checkpointing"
+NO_TC_RANKS = "0.1.1 needs CUDA where two ranks declare a resharder (metadata_manager.py)"
 
 
 def main() -> None:
@@ -91,10 +95,10 @@ def table_of(state: dict[str, torch.Tensor]) -> FragmentTable:
     )
 
 
-def save_ours(root: Path, table: FragmentTable, state: dict[str, torch.Tensor]) -> None:
+def save_ours(root: Path, table: FragmentTable, state: dict[str, torch.Tensor], *, direct: bool = False) -> None:
     plan = ckpt.plan_write(table, step=1)
     directory = ckpt.begin(root, plan, "bench")
-    ckpt.write_fragments(directory, plan, 0, table, lambda row: view(state[row.array.removeprefix("model/")]))
+    ckpt.write_fragments(directory, plan, 0, table, lambda row: view(state[row.array.removeprefix("model/")]), direct=direct)
     ckpt.commit(root, directory, plan, nodes=[0], objects={0: {}})
 
 
@@ -149,6 +153,21 @@ def sync_tree(place: Path) -> None:
         os.close(fd)
 
 
+def manager_of(*, asynchronous: bool) -> Any:
+    from torch_checkpointing import CheckpointManager
+    from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+    make = CheckpointManager.Config.with_async_save if asynchronous else CheckpointManager.Config.with_sync_save
+    config = make()
+    config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+    return config.build()
+
+
+def save_tc(place: Path, state: dict[str, torch.Tensor], manager: Any) -> None:
+    manager.save(str(place), {"model": state})
+    sync_tree(place)
+
+
 def saves(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
     table, number = table_of(state), count()
 
@@ -162,14 +181,17 @@ def saves(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
         "raw write+fsync": fresh(partial(save_raw, state=state, threads=1)),
         "raw, 2 threads": fresh(partial(save_raw, state=state, threads=2)),
         "holdfast": fresh(partial(save_ours, table=table, state=state)),
+        "holdfast, O_DIRECT": fresh(partial(save_ours, table=table, state=state, direct=True)),
         "dcp.save": fresh(lambda place: dcp.save(state, checkpoint_id=place)),
         "dcp.save, UniversalWriter": fresh(lambda place: dcp.save(state, storage_writer=UniversalWriter(place))),
         "zarr-python": fresh(partial(save_zarr, state=state)),
     }
     systems |= {"safetensors": fresh(partial(save_safetensors, state=state))} if has("safetensors") else {}
     systems |= {"tensorstore": fresh(partial(save_tensorstore, state=state))} if has("tensorstore") else {}
+    if has("torch_checkpointing"):
+        systems[TC] = fresh(partial(save_tc, state=state, manager=manager_of(asynchronous=False)))
     seconds = timed("save", systems, n, nbytes_of(state), clean=lambda: [shutil.rmtree(p) for p in directory.glob("save-*")])
-    REPORT.absent("save", "torch-checkpointing", "time", "s", NO_TC)
+    absent("save")
     REPORT.goal("save_vs_raw", 1.15, statistics.median(ratios(seconds["holdfast"], seconds["raw write+fsync"])), at_most=True)
 
 
@@ -194,6 +216,13 @@ def timed(
         REPORT.row(case, name, "time", "s", values)
         REPORT.row(case, name, "speed", "GB/s", [nbytes / value / 1e9 for value in values])
     return seconds
+
+
+def absent(case: str) -> None:
+    """A row for every peer that is not here."""
+    for package, system in (("safetensors", "safetensors"), ("tensorstore", "tensorstore"), ("torch_checkpointing", TC)):
+        if not has(package):
+            REPORT.absent(case, system, "time", "s", "not installed")
 
 
 def has(package: str) -> bool:
@@ -261,6 +290,11 @@ def loads(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
                 tensor.copy_(torch.from_numpy(tensorstore.open({"driver": "zarr3", "kvstore": where}).result().read().result()))
 
         systems["tensorstore, our files"] = read_tensorstore
+    if has("torch_checkpointing"):
+        manager = manager_of(asynchronous=False)
+        save_tc(directory / "tc", state, manager)
+        systems[TC] = lambda: manager.load(str(directory / "tc"), into={"model": targets})
+    absent("load, warm")
     seconds = timed("load, warm", systems, n, nbytes_of(state))
     for tensor in targets.values():
         tensor.zero_()
@@ -307,6 +341,7 @@ def two_ranks(directory: Path, scale: int, n: int) -> None:
     for child in children:
         child.join()
     assert not any(child.exitcode for child in children)
+    REPORT.absent("save, 2 ranks", TC, "time", "s", NO_TC_RANKS)
     for case, seconds, nbytes in results.get():
         for name, values in seconds.items():
             REPORT.row(case, name, "time", "s", values)
@@ -321,10 +356,9 @@ def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> N
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
-    full = {name: torch.randn(shape) for name, shape in shapes(scale)}
-    rows = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in full.items()}
-    columns = {name: distribute_tensor(torch.zeros_like(t), mesh, [Shard(t.dim() - 1)]) for name, t in full.items()}
-    nbytes = nbytes_of(full)
+    rows = {name: distribute_tensor(torch.randn(shape), mesh, [Shard(0)]) for name, shape in shapes(scale)}
+    columns = {name: distribute_tensor(torch.zeros(shape), mesh, [Shard(len(shape) - 1)]) for name, shape in shapes(scale)}
+    nbytes = nbytes_of(rows)
     number = count()
 
     def together(work: Callable[[], object]) -> Callable[[], object]:
@@ -335,23 +369,40 @@ def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> N
 
         return run
 
+    local = {name: tensor.to_local().contiguous() for name, tensor in rows.items()}
+    copies = {name: torch.zeros_like(tensor) for name, tensor in local.items()}
+
+    def memcpy() -> None:
+        for name, tensor in local.items():
+            copies[name].copy_(tensor)
+
+    def pread(place: Path) -> None:
+        for name, tensor in copies.items():
+            fd, done, out = os.open(place / name, os.O_RDONLY), 0, view(tensor)
+            while done < len(out):
+                done += os.preadv(fd, [out[done:]], done)
+            os.close(fd)
+
     writers = {
+        "raw write+fsync": together(lambda: save_raw(directory / f"two-{rank}-{next(number)}", local, 1)),
         "dcp": together(lambda: dcp.save(rows, checkpoint_id=directory / f"two-{next(number)}")),
         "holdfast": together(lambda: dcp.save(rows, storage_writer=UniversalWriter(directory / f"two-{next(number)}"))),
     }
     found = [("save, 2 ranks", rounds(writers, n), nbytes)]
+    save_raw(directory / f"two-raw-{rank}", local, 1)
     dcp.save(rows, checkpoint_id=directory / "two-dcp")
     dcp.save(rows, storage_writer=UniversalWriter(directory / "two-ours"))
     for case, target in (("load, 2 ranks", rows), ("load columns, 2 ranks", columns)):
         readers = {
+            "memcpy": together(memcpy),
+            "pread": together(lambda: pread(directory / f"two-raw-{rank}")),
             "dcp": together(partial(dcp.load, target, checkpoint_id=directory / "two-dcp")),
             "holdfast": together(
                 lambda target=target: dcp.load(target, storage_reader=UniversalReader(directory / "two-ours"))
             ),
         }
         found.append((case, rounds(readers, n), nbytes))
-    for name, tensor in columns.items():
-        assert torch.equal(tensor.full_tensor(), full[name])
+    assert all(torch.equal(tensor.full_tensor(), rows[name].full_tensor()) for name, tensor in columns.items())
     dist.barrier()
     if rank == 0:
         for place in directory.glob("two-*"):
@@ -364,18 +415,22 @@ def rank_main(rank: int, directory: Path, scale: int, n: int, results: Any) -> N
 # -- asynchronous ------------------------------------------------------------------------------------------------------
 
 
+class Holder(torch.nn.Module):
+    """The state as a model's parameters."""
+
+    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in state.items():
+            self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(tensor))
+
+
 def asynchronous(directory: Path, state: dict[str, torch.Tensor], n: int) -> None:
-    """The training thread's own time in an asynchronous save, against DCP with its best stager."""
-    parameters = [tensor.requires_grad_() for tensor in state.values()]
-    optimizer = torch.optim.SGD(parameters, lr=0.0)
-    live = {name: tensor.detach() for name, tensor in state.items()}
-    writer, stager, number = (
-        UniversalWriter(directory / "async"),
-        DefaultStager(StagingOptions(True, False, True, False)),
-        count(),
-    )
-    calls: dict[str, list[float]] = {"holdfast": [], "dcp, async staging": []}
-    stalls: dict[str, list[float]] = {"holdfast": [], "dcp, async staging": []}
+    """The training thread's own time in an asynchronous save, against the peers' with their best stagers."""
+    model = Holder(state)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    live = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    stager, number = DefaultStager(StagingOptions(True, False, True, False)), count()
+    manager = manager_of(asynchronous=True) if has("torch_checkpointing") else None
     matrix = torch.randn(1024, 1024)
 
     def compute(seconds: float = 0.5) -> None:
@@ -383,41 +438,68 @@ def asynchronous(directory: Path, state: dict[str, torch.Tensor], n: int) -> Non
         while time.perf_counter() < until:
             matrix @ matrix
 
-    def one(name: str, call: Callable[[], Any]) -> None:
+    def step() -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros(1).expand(parameter.shape)
+        optimizer.step()
+
+    def ours(place: Path) -> tuple[float, float]:
         waited: list[float] = []
         unsubscribe = events.subscribe(
             lambda event: waited.append(event.fields["seconds"]) if event.name == "ckpt.fenced" else None
         )
         started = time.perf_counter()
-        response = call()
+        response = ckpt.save_async({"model": model}, directory / "async", step=next(number))
         called = time.perf_counter() - started
         compute()
-        if name != "holdfast":
-            started = time.perf_counter()
-            response.staging_completion.result()
-            waited.append(time.perf_counter() - started)
-        for parameter in parameters:
-            parameter.grad = torch.zeros(1).expand(parameter.shape)
-        optimizer.step()
+        step()
         response.upload_completion.result()
         unsubscribe()
-        calls[name].append(called)
-        stalls[name].append(called + sum(waited))
+        return called, sum(waited)
 
-    say("async: holdfast, dcp")
+    def theirs(place: Path) -> tuple[float, float]:
+        started = time.perf_counter()
+        response = dcp.async_save(live, checkpoint_id=place, async_stager=stager)
+        called = time.perf_counter() - started
+        compute()
+        started = time.perf_counter()
+        response.staging_completion.result()
+        waited = time.perf_counter() - started
+        step()
+        response.upload_completion.result()
+        return called, waited
+
+    def manager_save(place: Path) -> tuple[float, float]:
+        started = time.perf_counter()
+        written = manager.save(str(place), {"model": live})
+        called = time.perf_counter() - started
+        compute()
+        started = time.perf_counter()
+        with manager.lock():
+            waited = time.perf_counter() - started
+            step()
+        written.result()
+        return called, waited
+
+    systems = {"holdfast": ours, "dcp, async staging": theirs} | ({TC: manager_save} if manager is not None else {})
+    calls: dict[str, list[float]] = {name: [] for name in systems}
+    stalls: dict[str, list[float]] = {name: [] for name in systems}
+    say(f"async: {', '.join(systems)}")
     for _ in range(n + 1):
-        one("holdfast", lambda: dcp.async_save(live, storage_writer=writer))
-        place = directory / f"async-dcp-{next(number)}"
-        one("dcp, async staging", lambda place=place: dcp.async_save(live, checkpoint_id=place, async_stager=stager))
-        shutil.rmtree(place)
-        for done in (directory / "async").glob("step-*"):
-            shutil.rmtree(done)
-    for name in calls:
+        for name, save in systems.items():
+            called, waited = save(directory / f"async-{next(number)}")
+            calls[name].append(called)
+            stalls[name].append(called + waited)
+            for done in (*directory.glob("async-*"), *(directory / "async").glob("step-*")):
+                shutil.rmtree(done)
+    for name in systems:
         REPORT.row("async save", name, "call", "ms", [1e3 * value for value in calls[name][1:]])
         REPORT.row("async save", name, "stall", "ms", [1e3 * value for value in stalls[name][1:]])
     REPORT.goal("async_call_ms", 1.0, 1e3 * statistics.median(calls["holdfast"][1:]), at_most=True)
     stall = statistics.median(ratios(stalls["holdfast"][1:], stalls["dcp, async staging"][1:]))
     REPORT.goal("async_stall_vs_dcp", 0.3, stall, at_most=True)
+    if manager is not None:
+        manager.close()
 
 
 if __name__ == "__main__":

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
-import platform
 import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (its name in every PyTorch program)
+from _harness import Report, machine, rounded, say
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -43,14 +45,19 @@ from holdfast.kernels import (
     mixed_policy,
     quantize,
 )
-from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, KVSpec, chunked_backward
+from holdfast.kernels.sequences import ChunkContext, ChunkKVStore, GearSpec, KVSpec, chunked_backward
 
-MESA = RunningSpec(heads=4, clamp=False)
+# Mesa replaces the layers of a model, not its loss; its attention is written out as matmul, softmax, matmul.
+MESA = {"attention": None, "keep_losses": True, "keep_heads": True}
+ALONG_CHANNELS = QuantSpec(kind="mxint8", block=32, scale="e8m0", axis=(-1,))
+EXPLICIT = " (explicit attention)"
 POLICIES: dict[str, ActPolicy | None] = {
     "exact": None,
-    "mesa as published": ActPolicy(default=MESA, attention=None, keep_heads=False, keep_losses=False),
-    "mesa with clamp": ActPolicy(default=RunningSpec(heads=4), attention=None, keep_heads=False, keep_losses=False),
+    "exact" + EXPLICIT: None,
+    "mesa as published" + EXPLICIT: ActPolicy(default=RunningSpec(heads=4, clamp=False), **MESA),
+    "mesa with clamp" + EXPLICIT: ActPolicy(default=RunningSpec(heads=4), **MESA),
     "int8": ActPolicy(),
+    "int8" + EXPLICIT: ActPolicy(),
     "int4, attention rebuilt at int4": ActPolicy(default=INT4, attention=INT4),
     "mixed int4/int8": mixed_policy(),
     "int8, attention not rebuilt": ActPolicy(attention=None),
@@ -63,50 +70,45 @@ POLICIES: dict[str, ActPolicy | None] = {
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Rows and goals in the schema all benchmarks share."""
+class Bench(Report):
+    """Says each row as it is measured, and keeps all of them in `save`, so that an interrupted run has not measured in vain."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.goals: list[dict[str, Any]] = []
+    def __init__(self, save: Path | None) -> None:
+        super().__init__()
+        self._save = save
 
-    def row(self, case: str, system: str, metric: str, unit: str, values: list[float]) -> None:
-        middle = {"n": len(values), "median": statistics.median(values), "min": min(values), "max": max(values)}
-        self.rows.append({"case": case, "system": system, "metric": metric, "unit": unit, **middle})
-        say(f"{case:<24} {system:<34} {metric:<22} {middle['median']:.4g} {unit}")
+    def row(self, case: str, system: str, metric: str, unit: str, values: Sequence[float]) -> None:
+        super().row(case, system, metric, unit, values)
+        say(f"{case:<17} {system:<40} {metric:<31} {self.rows[-1]['median']:.4g} {unit}")
+        self._keep()
 
     def absent(self, case: str, system: str, metric: str, unit: str, reason: str) -> None:
-        empty = {"n": 0, "median": None, "min": None, "max": None, "reason": reason}
-        self.rows.append({"case": case, "system": system, "metric": metric, "unit": unit, **empty})
-        say(f"{case:<24} {system:<34} {metric:<22} - ({reason})")
+        super().absent(case, system, metric, unit, reason)
+        say(f"{case:<17} {system:<40} {metric:<31} - ({reason})")
+        self._keep()
 
-    def goal(self, name: str, limit: float, measured: float, *, at_most: bool = True) -> None:
-        met = measured <= limit if at_most else measured >= limit
-        self.goals.append({"name": name, "goal": f"{'<=' if at_most else '>='} {limit:g}", "measured": measured, "met": met})
-        say(f"goal {name}: {measured:.4g} ({'<=' if at_most else '>='} {limit:g}) {'met' if met else 'MISSED'}")
+    def goal(self, name: str, goal: float, measured: float, *, at_most: bool = True) -> None:
+        super().goal(name, goal, measured, at_most=at_most)
+        found = self.goals[-1]
+        say(f"goal {name}: {measured:.4g} ({found['goal']}) {'met' if found['met'] else 'MISSED'}")
+        self._keep()
 
-    def show(self, *, as_json: bool) -> None:
-        if as_json:
-            print(json.dumps({"schema": 1, "machine": machine(), "rows": self.rows, "goals": self.goals}, indent=1))
+    def _keep(self) -> None:
+        if self._save:
+            self._save.write_text(self.as_json())
+
+    def as_json(self) -> str:
+        report = {"schema": 1, "machine": hardware(), "rows": self.rows, "goals": self.goals}
+        return json.dumps(rounded(report), indent=1, ensure_ascii=False)
 
 
-def machine() -> dict[str, Any]:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.machine())
-    found = {"cpu": cpu, "cores": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__}
+def hardware() -> dict[str, Any]:
+    """The machine of all benchmarks, and the GPU, the threads and the command that decide here."""
+    found = asdict(machine(("torch", "triton", "numpy")))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": f"one {properties.name}", "gpu_memory_gib": round(properties.total_memory / 2**30)}
-        found["cuda"] = torch.version.cuda
-    with contextlib.suppress(ImportError):
-        import triton
-
-        found["triton"] = triton.__version__
-    return {**found, "command": "python " + " ".join(sys.argv)}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+        found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30), "cuda": torch.version.cuda}
+    return {**found, "threads": torch.get_num_threads(), "command": "python " + " ".join(sys.argv)}
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -115,7 +117,7 @@ def say(text: str) -> None:
 class Block(nn.Module):
     def __init__(self, number: int, width: int, heads: int) -> None:
         super().__init__()
-        self.number, self.heads = number, heads
+        self.number, self.heads, self.explicit = number, heads, False
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -123,7 +125,11 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, context: ChunkContext | None) -> torch.Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        if context is None:
+        if self.explicit:
+            future = torch.ones(t, t, dtype=torch.bool).triu(1)
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+            a = F.softmax(scores.masked_fill(future, float("-inf")), dim=-1) @ v
+        elif context is None:
             a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             a = context.attention(self.number, q, k, v)
@@ -151,6 +157,13 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1), targets.flatten())
 
 
+def with_attention(model: GPT, name: str) -> GPT:
+    """The model with its attention written as the named system needs it."""
+    for block in model.blocks:
+        block.explicit = name.endswith(EXPLICIT)
+    return model
+
+
 def text(nbytes: int = 2_000_000) -> torch.Tensor:
     found = bytearray()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -168,6 +181,7 @@ def train(
     model: GPT, source: torch.Tensor, steps: int, seed: int, context: AbstractContextManager[object] | None, length: int
 ) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)  # as recipes have it; running ranges need it
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in range(steps):
@@ -177,6 +191,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        warm_up.step()
         losses.append(float(loss.detach()))
     return losses
 
@@ -195,57 +210,68 @@ def trained(*, quick: bool) -> tuple[torch.Tensor, GPT]:
 
 
 def bytes_and_errors(bench: Bench, *, quick: bool) -> None:
-    """One step of 1024 tokens, after some training."""
+    """One step of 1024 tokens, after some training: in float32, under autocast, and with everything in bfloat16."""
     source, model = trained(quick=quick)
     length = model.position.num_embeddings
     batches = [batch(source, 1, length, torch.Generator().manual_seed(100 + i)) for i in range(1 if quick else 3)]
-    bytes_of: dict[str, float] = {}
-    error_of: dict[str, float] = {}
-    for precision in ("fp32", "amp"):
-        for name, policy in POLICIES.items():
-            if precision == "fp32" and name not in ("exact", "int8", "mixed int4/int8"):
-                continue  # the yardstick is bfloat16
-            errors, worst, totals = [], [], []
-            for tokens, targets in batches:
-
-                def loss_of(
-                    tokens: torch.Tensor = tokens, targets: torch.Tensor = targets, amp: bool = precision == "amp"
-                ) -> torch.Tensor:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-                        return model(tokens, targets)  # type: ignore[no-any-return]
-
-                compressor = compress_activations(model, policy or ActPolicy(default=KEEP))
-                if policy is not None and isinstance(policy.default, RunningSpec):
-                    warm_up(compressor, model, source, length, precision)
-                found = gradient_error(model, loss_of, compressor)
-                assert found.loss_is_equal, f"{name} changed forward"
-                report = compressor.report()
-                totals.append(report.bytes_after / 1e6)
-                errors.append(found.total)
-                worst.append(found.worst)
-            bench.row(precision, name, "saved", "MB", totals)
-            if policy is not None:
-                exact = bytes_of[f"{precision} exact"]
-                bench.row(precision, name, "saved_vs_exact", "ratio", [total / exact for total in totals])
-                bench.row(precision, name, "gradient_error", "ratio", errors)
-                bench.row(precision, name, "gradient_error_worst_parameter", "ratio", worst)
-            bytes_of[f"{precision} {name}"], error_of[f"{precision} {name}"] = (
-                statistics.median(totals),
-                statistics.median(errors),
-            )
-    own = amp_error(model, batches)
+    models = {"fp32": model, "amp": model, "bf16": copy.deepcopy(model).bfloat16()}
+    for precision, subject in models.items():
+        for name in POLICIES:
+            if precision == "amp" or name in ("exact", "int8", "mixed int4/int8"):  # autocast is the yardstick
+                one_system(bench, precision, name, with_attention(subject, name), source, batches)
+    own = amp_error(with_attention(model, "exact"), batches)
     bench.row("amp", "bf16 autocast itself", "gradient_error", "ratio", own)
-    bench.goal("int8_bytes_vs_bf16", 0.55, bytes_of["amp int8"] / bytes_of["amp exact"])
-    bench.goal("mixed_bytes_vs_bf16", 0.40, bytes_of["amp mixed int4/int8"] / bytes_of["amp exact"])
-    bench.goal("int8_error_vs_amp", 1.0, error_of["amp int8"] / statistics.median(own))
+    bench.goal("int8_bytes_vs_bf16", 0.55, measured(bench, "amp", "int8", "saved_vs_exact"))
+    bench.goal("mixed_bytes_vs_bf16", 0.40, measured(bench, "amp", "mixed int4/int8", "saved_vs_exact"))
+    bench.goal("int8_error_vs_amp", 1.0, measured(bench, "amp", "int8", "gradient_error") / statistics.median(own))
 
 
-def warm_up(compressor: Any, model: GPT, source: torch.Tensor, length: int, precision: str) -> None:
+def one_system(
+    bench: Bench,
+    precision: str,
+    name: str,
+    model: GPT,
+    source: torch.Tensor,
+    batches: list[tuple[torch.Tensor, torch.Tensor]],
+) -> None:
+    """Rows of one way to save: bytes by those of exact SDPA in the same precision, error by the same model's exact gradient."""
+    policy, amp = POLICIES[name], precision == "amp"
+    saved, errors, worst = [], [], []
+    for tokens, targets in batches:
+
+        def loss_of(tokens: torch.Tensor = tokens, targets: torch.Tensor = targets) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                return model(tokens, targets)  # type: ignore[no-any-return]
+
+        compressor = compress_activations(model, policy or ActPolicy(default=KEEP))
+        if policy is not None and isinstance(policy.default, RunningSpec):
+            warm_up(compressor, model, source, tokens.shape[1], amp=amp)
+        found = gradient_error(model, loss_of, compressor)
+        assert found.loss_is_equal, f"{name} changed forward"
+        saved.append(compressor.report().bytes_after / 1e6)
+        errors.append(found.total)
+        worst.append(found.worst)
+    bench.row(precision, name, "saved", "MB", saved)
+    if name != "exact":
+        exact = measured(bench, precision, "exact", "saved")
+        bench.row(precision, name, "saved_vs_exact", "ratio", [total / exact for total in saved])
+    if policy is not None:
+        bench.row(precision, name, "gradient_error", "ratio", errors)
+        bench.row(precision, name, "gradient_error_worst_parameter", "ratio", worst)
+
+
+def measured(bench: Bench, case: str, system: str, metric: str) -> float:
+    value = bench.median(case, system, metric)
+    assert value is not None
+    return value
+
+
+def warm_up(compressor: Any, model: GPT, source: torch.Tensor, length: int, *, amp: bool) -> None:
     """Four batches for the running ranges to settle on, then the counters start again."""
     generator = torch.Generator().manual_seed(55)
     for _ in range(4):
         tokens, targets = batch(source, 1, length, generator)
-        with compressor, torch.autocast("cpu", torch.bfloat16, enabled=precision == "amp"):
+        with compressor, torch.autocast("cpu", torch.bfloat16, enabled=amp):
             model(tokens, targets)
     compressor.stats.reset()
 
@@ -263,31 +289,39 @@ def amp_error(model: GPT, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> l
 
 
 def loss_curves(bench: Bench, *, quick: bool) -> None:
-    """Three seeds of 300 steps; what counts is the mean loss of the last 50 against the spread between seeds of exact runs."""
+    """Three seeds of 300 steps, each system from the same weights on the same batches. What counts is how far the mean loss of
+    the last 50 lies from the exact run's of the same seed, against what another seed changes in exact runs."""
     source = text()
-    seeds, steps, tail = ((0,), 10, 5) if quick else ((0, 1, 2), 300, 50)
-    names = ("exact", "mesa as published", "int8", "mixed int4/int8")
-    last: dict[str, list[float]] = {name: [] for name in names}
+    seeds, steps, window = ((0,), 10, 5) if quick else ((0, 1, 2), 300, 50)
+    names = ("exact", "int8", "mixed int4/int8", "mesa as published" + EXPLICIT)
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
     for seed in seeds:
         for name in names:
             torch.manual_seed(seed)
-            model = GPT(128, 4, 2, 128)
+            model = with_attention(GPT(128, 4, 2, 128), name)
             policy = POLICIES[name]
             context = None if policy is None else compress_activations(model, policy, seed=seed)
             losses = train(model, source, steps, seed + 10, context, 128)
-            last[name].append(statistics.mean(losses[-tail:]))
+            curves[name].append([statistics.mean(losses[i : i + window]) for i in range(0, steps, window)])
+            say(f"seed {seed} {name}: " + " ".join(f"{mean:.4f}" for mean in curves[name][-1]))
     for name in names:
-        bench.row("loss", name, f"mean of last {tail} of {steps}", "nats", last[name])
-    noise = max(last["exact"]) - min(last["exact"])
-    bench.row("loss", "exact", "range over seeds", "nats", [noise])
+        for i in range(steps // window):
+            bench.row("loss", name, f"steps {i * window + 1} to {(i + 1) * window}", "nats", [c[i] for c in curves[name]])
+    exact = [curve[-1] for curve in curves["exact"]]
+    noise = max(exact) - min(exact)
+    bench.row("loss", "exact", "range of the last over seeds", "nats", [noise])
     for name in names[1:]:
-        shifts = [a - b for a, b in zip(last[name], last["exact"], strict=True)]
-        bench.row("loss", name, "shift from exact, same seed", "nats", shifts)
+        shifts = [curve[-1] - own for curve, own in zip(curves[name], exact, strict=True)]
+        bench.row("loss", name, "shift of the last, same seed", "nats", shifts)
+        if noise and not name.startswith("mesa"):
+            short = name.partition(" ")[0]
+            bench.goal(f"{short}_loss_shift_vs_seed_noise", 1.0, max(map(abs, shifts)) / noise)
 
 
 def chunked(bench: Bench, *, quick: bool) -> None:
     """Four chunks; earlier chunks' K and V packed."""
     source, model = trained(quick=quick)
+    with_attention(model, "exact")
     length = model.position.num_embeddings
     chunk = length // 4
 
@@ -300,7 +334,10 @@ def chunked(bench: Bench, *, quick: bool) -> None:
         "exact": KVSpec(key=None, value=None),
         "int8": KVSpec(key=INT8, value=INT8),
         "int4, KIVI layout": KVSpec(),
+        "int4, KIVI layout, GEAR": KVSpec(gear=GearSpec()),
         "mxfp8": KVSpec(key=MXFP8, value=MXFP8),
+        "mxint8 along channels": KVSpec(key=ALONG_CHANNELS, value=ALONG_CHANNELS),
+        "mxint8 along channels, sorted": KVSpec(key=ALONG_CHANNELS, value=ALONG_CHANNELS, reorder=True),
     }
     errors: dict[str, list[float]] = {name: [] for name in specs}
     ratios: dict[str, float] = {}
@@ -503,24 +540,40 @@ def longest_sequence(bench: Bench, *, quick: bool) -> None:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
+PARTS = {"bytes": bytes_and_errors, "chunks": chunked, "loss": loss_curves}
+
+
+GPU_ROWS = (
+    ("bandwidth", "quantize vs copy", "ratio"),
+    ("bandwidth", "dequantize vs copy", "ratio"),
+    ("llama stack", "step vs plain", "ratio"),
+    ("llama stack", "peak above weights", "GiB"),
+    ("longest sequence", "tokens in 40 GiB", "tokens"),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of progress alone")
     parser.add_argument("--quick", action="store_true", help="smaller and fewer, to see that it runs; not to be quoted")
+    parser.add_argument("--only", choices=sorted(PARTS), help="one part of the measurement on the CPU")
+    parser.add_argument("--save", type=Path, help="write what has been measured so far to this file, row by row")
     parser.add_argument("--gpu", action="store_true", help="measure on a CUDA device instead of the CPU")
     options = parser.parse_args()
-    bench, start = Bench(), time.perf_counter()
+    bench, start = Bench(options.save), time.perf_counter()
     if options.gpu and not torch.cuda.is_available():
-        for case in ("bandwidth", "llama stack", "longest sequence"):
-            bench.absent(case, "holdfast", "", "", "unmeasured: no CUDA device here")
+        for case, metric, unit in GPU_ROWS:
+            bench.absent(case, "int8", metric, unit, "unmeasured: no CUDA device here")
     elif options.gpu:
         for part in (bandwidth, block_stack, longest_sequence):
             part(bench, quick=options.quick)
     else:
-        for part in (bytes_and_errors, chunked, loss_curves):
-            part(bench, quick=options.quick)
+        for name, part in PARTS.items():
+            if options.only in (None, name):
+                part(bench, quick=options.quick)
     say(f"{time.perf_counter() - start:.0f} s")
-    bench.show(as_json=options.json)
+    if options.json:
+        print(bench.as_json())
 
 
 if __name__ == "__main__":

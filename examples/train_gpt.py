@@ -1,10 +1,12 @@
 """Train a byte-level GPT with FSDP2, protected by holdfast.
 
     torchrun --nproc-per-node 4 --max-restarts 3 examples/train_gpt.py
+    torchrun --nproc-per-node 4 --max-restarts 3 -m holdfast.elastic.run examples/train_gpt.py   # replaces single ranks in place
     torchrun --nproc-per-node 4 examples/train_gpt.py --bare            # the same training without holdfast
     torchrun --nproc-per-node 2 examples/train_gpt.py --resume DIR      # from `holdfast restore --format torch --mesh dp=2`
 
-Kill a rank while it trains: torchrun starts the ranks again, and they go on from the newest committed step.
+Kill a rank while it trains: torchrun starts the ranks again, and they go on from the newest committed step. With
+`-m holdfast.elastic.run`, the other ranks keep their processes, and a spare takes the dead one's place.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +59,17 @@ def main() -> None:
         log.start(run)
         began = time.perf_counter()
         for step in steps:
-            tokens, targets = (part.to(device) for part in loader.next_batch())
-            loss = model(tokens, targets)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            mean_loss = average(loss)
-            ended = time.perf_counter()
-            log.step(step, mean_loss, ended - began, run)
-            began = ended
+            with step if run else nullcontext():  # when another rank dies in here, this one goes on from the step restored
+                tokens, targets = (part.to(device) for part in loader.next_batch())
+                loss = model(tokens, targets)
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+                mean_loss = average(loss)
+                ended = time.perf_counter()
+                log.step(step, mean_loss, ended - began, run)
+                began = ended
 
     if args.bare:
         train(range(start + 1, args.steps + 1))

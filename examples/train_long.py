@@ -4,8 +4,8 @@
 
 Four ways to take the same step: as PyTorch does it, with activations at int8, with int4 and int8 mixed, and chunk by chunk with
 past keys and values at int4 and the chunk's own activations at int8. Printed for each length: the most bytes autograd held for
-backward at one time (keys, values and their gradients included for the chunked way), and the loss, which compression of
-activations leaves as it is. On a CUDA device the allocator's peak is printed too.
+backward at one time (for the chunked way also packed keys and values, their gradients, and one layer's past restored), and the
+loss, which compression of activations leaves as it is in the first step. On a CUDA device the allocator's peak is printed too.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def by_chunks(model: GPT, tokens: Tensor) -> tuple[Tensor, int]:
             return model(piece, context)
 
     result = chunked_backward(loss_of, chunks, ChunkKVStore())
-    gradients_of_kv = result.kv_exact_bytes  # float32, like K and V here
-    return result.loss, compressor.report().peak_live + result.kv_bytes + gradients_of_kv
+    restored = result.kv_exact_bytes // len(model.blocks)  # the past of one layer at a time
+    return result.loss, compressor.report().peak_live + result.kv_bytes + result.gradient_bytes + restored
 
 
 WAYS = {

@@ -5,6 +5,7 @@ Importing this package starts no thread and loads neither torch nor Ray; what a 
 
 from holdfast.errors import (
     CallerError,
+    CheckpointFailed,
     ClusterError,
     ConfigError,
     CorruptData,
@@ -14,6 +15,7 @@ from holdfast.errors import (
     MissingData,
     NotACheckpoint,
     OutOfSharedMemory,
+    PoisonedState,
     RayUnreachable,
     SnapshotLost,
     StaleEpoch,
@@ -22,13 +24,14 @@ from holdfast.errors import (
     UnsupportedFormat,
 )
 from holdfast.events import Event, subscribe
-from holdfast.protect import protect
+from holdfast.protect import loader, protect
 from holdfast.redundancy import Redundancy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CallerError",
+    "CheckpointFailed",
     "ClusterError",
     "ConfigError",
     "CorruptData",
@@ -39,6 +42,7 @@ __all__ = [
     "MissingData",
     "NotACheckpoint",
     "OutOfSharedMemory",
+    "PoisonedState",
     "RayUnreachable",
     "Redundancy",
     "SnapshotLost",
@@ -47,6 +51,7 @@ __all__ = [
     "StorageError",
     "UnsupportedFormat",
     "__version__",
+    "loader",
     "protect",
     "subscribe",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import ConfigError
 
+BERTH = "HOLDFAST_BERTH"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 
 
@@ -86,6 +88,18 @@ def runtime_dir() -> Path:
     return Path(chosen) if chosen else Path("/tmp") / f"holdfast-{os.getuid()}"
 
 
+def watch_every_s(environ: Mapping[str, str] | None = None) -> float:
+    """How often a keeper scrubs its memory and drills a rebuild: HOLDFAST_SCRUB_EVERY_S, a minute if unset; 0 for never."""
+    text = (os.environ if environ is None else environ).get("HOLDFAST_SCRUB_EVERY_S") or "60"
+    try:
+        every_s = float(text)
+    except ValueError:
+        every_s = -1.0
+    if not 0 <= every_s < float("inf"):
+        raise ConfigError(f"the environment says HOLDFAST_SCRUB_EVERY_S={text!r}; seconds are needed, or 0 for never")
+    return every_s
+
+
 def check_job_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ConfigError(
@@ -102,3 +116,30 @@ def default_job_name(checkpoints: str | None) -> str:
     what = what or "\0".join([os.getcwd(), *sys.argv])
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(checkpoints or sys.argv[0] or "run").stem).strip("-._")[:20] or "run"
     return f"{stem}-{hashlib.blake2b(what.encode(), digest_size=4).hexdigest()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Berth:
+    """What the launcher tells a process that it starts as a rank's trainer, or as the spare that waits to take its place."""
+
+    role: str
+    """"trainer"; "ready" or "import" for a spare that waits at `protect` or before the script; "late" for one needed at once."""
+    board: str | tuple[str, int]
+    token: str
+    channel: int
+    """Descriptor of the socket to the launcher."""
+    pulse: int
+    """Descriptor of the page on which the trainer notes its last completed step."""
+    launcher: int
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None) -> Berth | None:
+        text = (os.environ if environ is None else environ).get(BERTH)
+        if not text:
+            return None
+        fields = json.loads(text)
+        board = fields.pop("board")
+        return cls(board=board if isinstance(board, str) else (board[0], board[1]), **fields)
+
+    def to_text(self) -> str:
+        return json.dumps({name: getattr(self, name) for name in self.__slots__})

@@ -34,6 +34,12 @@ class LayoutMismatch(CallerError):
     """Two layouts that have to agree do not: ranks differ in structure, or a checkpoint does not fit the target."""
 
 
+class PoisonedState(CallerError):
+    """Parameters have become NaN or infinite, and the run was told to go back to the last clean snapshot."""
+
+    exit_code = 1
+
+
 # -- the storage can act -----------------------------------------------------------------------------------------------
 
 
@@ -61,6 +67,10 @@ class CorruptData(StorageError):
     """Bytes are there but are not the ones that were written."""
 
     exit_code = 5
+
+
+class CheckpointFailed(StorageError):
+    """A run ended well and its last step could not be written; it is kept in memory, and nowhere else."""
 
 
 # -- the cluster can act -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,21 @@ def emit(name: str, **fields: Any) -> None:
                 _callbacks.remove(callback)
 
 
+def to_tensorboard(writer: Any) -> Callback:
+    """A callback for `subscribe` that draws every number of every event with a torch SummaryWriter, by step where there is one.
+
+    `holdfast.subscribe(holdfast.events.to_tensorboard(SummaryWriter("runs/exp1")))`
+    """
+
+    def draw(event: Event) -> None:
+        step = event.fields.get("step")
+        for name, value in event.fields.items():
+            if name != "step" and isinstance(value, int | float):
+                writer.add_scalar(f"holdfast/{event.name}/{name}", value, step, walltime=event.time_s)
+
+    return draw
+
+
 # -- crash points ------------------------------------------------------------------------------------------------------
 
 _armed: Callable[[str], None] | None = None
@@ -74,30 +90,55 @@ def arm(handler: Callable[[str], None] | None) -> None:
 
 
 def arm_from_text(schedule: str, *, role: str, place: int) -> None:
-    """Arm this process with a schedule: [{"at": point, "role": "keeper" or "trainer", "place": node or rank, "nth": n}, …].
+    """Arm this process with a schedule: [{"do": …, "at": point, "role": "keeper" or "trainer", "place": node or rank, …}, …].
 
-    The process is killed with SIGKILL, as an out-of-memory killer would, when it passes the point for the nth time. With
-    "once": path, that file is made first, and whoever finds it there lives: the successor is not killed again.
+    "do" is "kill" (the default: SIGKILL, as an out-of-memory killer would), "stop" (SIGSTOP; with "seconds" it is continued
+    after that long, else somebody else has to) or "delay" (sleep for "seconds"). It happens when the process passes the point
+    for the "nth" time (1), and at the "times" - 1 passes after that (1; 0 is for ever). With "once": path, that file is made
+    first, with the process id in it, and whoever finds it there is spared: the successor does not suffer the same.
+
+    `holdfast.elastic.faults` builds such schedules.
     """
     mine = [item for item in json.loads(schedule) if item["role"] == role and item.get("place", place) == place]
     passed: dict[str, int] = {}
 
     def handler(name: str) -> None:
         passed[name] = passed.get(name, 0) + 1
-        due = [item for item in mine if item["at"] == name and item.get("nth", 1) == passed[name]]
-        if any(_first_to(item.get("once")) for item in due):
-            logger.warning("rehearsal: %s %d is killed at %s", role, place, name)
-            os.kill(os.getpid(), signal.SIGKILL)
+        for item in mine:
+            if item["at"] == name and _is_due(item, passed[name]) and _first_to(item.get("once")):
+                logger.warning("rehearsal: %s %d passes %s: %s", role, place, name, item.get("do", "kill"))
+                _suffer(item.get("do", "kill"), item.get("seconds"))
 
     if mine:
         arm(handler)
 
 
+def _is_due(item: Mapping[str, Any], passes: int) -> bool:
+    first, times = item.get("nth", 1), item.get("times", 1)
+    return bool(passes >= first and (times == 0 or passes < first + times))
+
+
 def _first_to(path: str | None) -> bool:
+    """True for one process only: the file appears whole, so that who finds it can read whose it is."""
     if path is None:
         return True
+    mine = f"{path}.{os.getpid()}"
+    with open(mine, "w") as file:
+        file.write(str(os.getpid()))
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.link(mine, path)
     except FileExistsError:
         return False
+    finally:
+        os.unlink(mine)
     return True
+
+
+def _suffer(do: str, seconds: float | None) -> None:
+    if do == "delay":
+        time.sleep(seconds or 0.0)
+        return
+    if do == "stop" and seconds is not None:
+        waking = f"sleep {float(seconds)}; kill -CONT {os.getpid()}"
+        subprocess.Popen(["/bin/sh", "-c", waking], start_new_session=True).returncode = 0  # nobody waits for it
+    os.kill(os.getpid(), signal.SIGSTOP if do == "stop" else signal.SIGKILL)

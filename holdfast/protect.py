@@ -1,4 +1,4 @@
-"""The context manager around the training loop: the one thing most users ever call."""
+"""The context manager around the training loop, and the loader to go with it: all that most users ever call."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from holdfast.errors import ConfigError
 from holdfast.redundancy import Redundancy
 
 if TYPE_CHECKING:
+    from holdfast.elastic.data import Loader
     from holdfast.elastic.session import Run
 
 
@@ -21,6 +22,8 @@ def protect(
     checkpoint_every: int | str = "auto",
     name: str | None = None,
     memory_dir: str | None = None,
+    on_nan: str = "refuse",
+    grace_s: float = 20.0,
 ) -> Run:
     """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
 
@@ -34,6 +37,10 @@ def protect(
     checkpoint_every: a number of steps, or "auto": 1000; the last step always becomes a checkpoint.
     name: what a restart finds its snapshots by; by default derived from `checkpoints`, or from the script and its arguments.
     memory_dir: where slots live, /dev/shm by default.
+    on_nan: what becomes of a snapshot whose parameters hold NaN or infinity: "refuse" keeps the last clean one in its stead,
+        "step_back" does that and raises PoisonedState, so that a restart goes on from there, "warn" commits it with a word.
+    grace_s: seconds in which, after SIGTERM, the newest committed snapshot may become a checkpoint; 0 ends at once. Trainers wait
+        for it, unless another one has died and the launcher is only starting the run again.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
@@ -49,8 +56,34 @@ def protect(
         checkpoint_every=_steps("checkpoint_every", checkpoint_every, auto=1000),
         name=name,
         memory_dir=memory_dir,
+        on_nan=_policy(on_nan),
+        grace_s=_seconds("grace_s", grace_s),
     )
     return Run(state, settings)
+
+
+def loader(
+    dataset: Any,
+    *,
+    global_batch: int,
+    micro_batch: int | None = None,
+    seed: int = 0,
+    shuffle: bool = True,
+    epochs: int | None = None,
+    **options: Any,
+) -> Loader:
+    """A loader whose samples are used exactly once, across faults and any number of ranks. Give it to `protect` as "data".
+
+    for batch in loader.step(): (model(batch.data).loss * batch.scale).backward()
+
+    `dataset` is map-style; `global_batch` samples make a step, in forwards of `micro_batch`. With fewer ranks each does more
+    forwards and the step stays the same; on_resize="scale_lr" lets the batch shrink instead (see `loader.lr_scale`). Other options
+    go to `torch.utils.data.DataLoader`, or to `make`, such as torchdata's StatefulDataLoader. Raises ConfigError.
+    """
+    from holdfast.elastic.data import Loader
+
+    options |= {"seed": seed, "shuffle": shuffle, "epochs": epochs}
+    return Loader(dataset, global_batch=global_batch, micro_batch=micro_batch, **options)
 
 
 def _steps(name: str, value: int | str, *, auto: int) -> int:
@@ -59,3 +92,17 @@ def _steps(name: str, value: int | str, *, auto: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} takes a number of steps from 1 on, or 'auto'; got {value!r}")
     return value
+
+
+def _policy(value: str) -> str:
+    from holdfast.snapshot.poison import POLICIES
+
+    if value not in POLICIES:
+        raise ConfigError(f"on_nan takes one of {', '.join(map(repr, POLICIES))}; got {value!r}")
+    return value
+
+
+def _seconds(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 86400:
+        raise ConfigError(f"{name} takes a number of seconds from 0 up to a day; got {value!r}")
+    return float(value)

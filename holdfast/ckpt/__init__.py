@@ -1,21 +1,24 @@
 """The universal checkpoint: written at disk speed from any layout, read into any other, checked byte by byte."""
 
 from holdfast.ckpt.catalog import StepInfo, is_sound, latest, list_steps, open_checkpoint
+from holdfast.ckpt.cuts import LocalArray, Part
 from holdfast.ckpt.live import load, save, save_async
 from holdfast.ckpt.mesh import Mesh
+from holdfast.ckpt.parityfile import Parity
 from holdfast.ckpt.plan import WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
-from holdfast.ckpt.reshard import LocalArray, Part, ReshardPlan, plan_reshard
+from holdfast.ckpt.reshard import ReshardPlan, plan_reshard
 from holdfast.ckpt.restore import Restored, RestoredRank, restore
 from holdfast.ckpt.rules import Rule, Rules, load_rules
 from holdfast.ckpt.verify import Damage, VerifyReport
-from holdfast.ckpt.write import begin, commit, write_fragments
+from holdfast.ckpt.write import begin, commit, discard, write_fragments
 
 __all__ = [
     "Checkpoint",
     "Damage",
     "LocalArray",
     "Mesh",
+    "Parity",
     "Part",
     "ReshardPlan",
     "Restored",
@@ -27,6 +30,7 @@ __all__ = [
     "WritePlan",
     "begin",
     "commit",
+    "discard",
     "is_sound",
     "latest",
     "list_steps",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from holdfast.ckpt.manifest import read_commit
 from holdfast.ckpt.reader import Checkpoint, open_directory
 from holdfast.ckpt.steps import COMMIT, LATEST, Address, check_directory, step_directories, step_name, step_of, unfinished
+from holdfast.ckpt.storage import Place, place
 from holdfast.errors import HoldfastError, NotACheckpoint
 
 
@@ -16,27 +16,27 @@ class StepInfo:
     """One committed step; `problem` says why it cannot be used, where that is already known."""
 
     step: int
-    path: Path
+    path: Place
     nbytes: int
     arrays: int
     created_s: float
     problem: str | None = None
 
 
-def list_steps(root: str | Path) -> list[StepInfo]:
+def list_steps(root: str | Place) -> list[StepInfo]:
     """Every committed step of a run, oldest first; one whose COMMIT is damaged is listed with its problem.
 
     A step directory gives a list of itself. Reads only COMMIT records; data is checked by `verify`. Uncommitted directories are
     left out, for they are no checkpoints.
     """
-    root = Path(root)
+    root = place(root)
     check_directory(root)
     if step_of(root) is not None and (root / COMMIT).exists():
         return [_info(root)]
     return [_info(path) for path in step_directories(root) if (path / COMMIT).exists()]
 
 
-def _info(path: Path) -> StepInfo:
+def _info(path: Place) -> StepInfo:
     step = step_of(path)
     assert step is not None
     try:
@@ -47,7 +47,7 @@ def _info(path: Path) -> StepInfo:
     return StepInfo(step, path, record.nbytes, record.arrays, record.created_s, problem)
 
 
-def latest(root: str | Path) -> StepInfo | None:
+def latest(root: str | Place) -> StepInfo | None:
     """The newest step whose COMMIT and documents are sound, or None; a damaged one is passed over.
 
     LATEST is a hint for people and other tools: it may be one step behind after a crash, so it is not what decides here.
@@ -55,7 +55,7 @@ def latest(root: str | Path) -> StepInfo | None:
     return next((info for info in reversed(list_steps(root)) if is_sound(info)), None)
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Place, step: int | None = None) -> Checkpoint:
     """The checkpoint at `path`: a step directory, or a run directory (then `step`, or the newest valid one).
 
     `PATH@STEP` is understood too. Raises NotACheckpoint, UnsupportedFormat, MissingData or CorruptData.
@@ -74,7 +74,7 @@ def is_sound(info: StepInfo) -> bool:
     return True
 
 
-def find_step(path: Path, step: int | None) -> Path:
+def find_step(path: Place, step: int | None) -> Place:
     """The step directory that `path` and `step` mean; raises NotACheckpoint with what there is instead."""
     check_directory(path)
     if (path / COMMIT).exists() or step_of(path) is not None or _looks_like_step(path):
@@ -94,11 +94,11 @@ def find_step(path: Path, step: int | None) -> Path:
     return (newest or infos[-1]).path
 
 
-def _looks_like_step(path: Path) -> bool:
+def _looks_like_step(path: Place) -> bool:
     return (path / "_holdfast").is_dir()
 
 
-def _nothing_here(path: Path) -> str:
+def _nothing_here(path: Place) -> str:
     dead = len(unfinished(path)) + len(step_directories(path))
     if dead:
         return f"holds no committed checkpoint; {dead} save(s) were begun there and never finished"

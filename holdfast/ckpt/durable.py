@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from holdfast.errors import StorageError
 
@@ -17,15 +18,20 @@ FSYNC_THREADS = 8
 
 
 @contextmanager
-def disk_errors(doing: str, path: Path, needs_nbytes: int = 0) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says what was being done, where, and what to do about it."""
+def disk_errors(doing: str, path: Any, needs_nbytes: int = 0) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says what was being done, where, and what to do about it.
+
+    `path` is a Path or an object store's place.
+    """
     try:
         yield
     except OSError as error:
         raise StorageError(f"{doing} {error.filename or path}: {_advice(error, path, needs_nbytes)}") from error
 
 
-def _advice(error: OSError, path: Path, needs_nbytes: int) -> str:
+def _advice(error: OSError, path: Any, needs_nbytes: int) -> str:
+    if error.errno is None:  # what a client of an object store says
+        return f"{error}; the older checkpoints are whole; check the address, the credentials and the endpoint"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         free = shutil.disk_usage(_existing(path)).free
         needs = f"the save needs {needs_nbytes} bytes, " if needs_nbytes else ""

@@ -1,4 +1,4 @@
-"""Other people's checkpoints as universal ones: safetensors, torch files and torch.distributed.checkpoint directories.
+"""Other people's checkpoints as universal ones: safetensors, torch files, torch.distributed.checkpoint, DeepSpeed and Megatron.
 
 Streaming, so that memory does not grow with the model, and without executing anything: safetensors is plain data, torch files are
 loaded with `weights_only`, and DCP's `.metadata` goes through an unpickler that knows the few classes it needs.
@@ -10,60 +10,62 @@ import io
 import mmap
 import os
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable, split_rows
+from holdfast.ckpt.dual import INDEX, with_heads, write_heads
 from holdfast.ckpt.durable import disk_errors
+from holdfast.ckpt.foreign.deepspeed import find_deepspeed, open_deepspeed
+from holdfast.ckpt.foreign.join import Held, join
+from holdfast.ckpt.foreign.megatron import find_megatron, open_megatron
+from holdfast.ckpt.foreign.source import Source, SourceArray, tensor_source
+from holdfast.ckpt.foreign.torchfiles import array_name_of, open_torch
 from holdfast.ckpt.plan import plan_write
 from holdfast.ckpt.reader import Progress
+from holdfast.ckpt.rules import Rules
 from holdfast.ckpt.safetensors import StoredTensor, read_header
+from holdfast.ckpt.storage import Place, is_remote, local, place
 from holdfast.ckpt.strips import flat_offset
-from holdfast.ckpt.write import begin, commit, write_fragments
+from holdfast.ckpt.write import begin, commit, discard, write_fragments
 from holdfast.errors import ConfigError, CorruptData, MissingData, NotACheckpoint, UnsupportedFormat
 from holdfast.objects import encode_object
 
 PIECE_NBYTES = 64 << 20
-"""What is held of a source at a time, per writing thread."""
+"""What is held of a source at a time, per writing thread, unless a caller's memory is smaller."""
 
-KINDS = ("safetensors", "torch", "dcp")
-
-
-@dataclass(frozen=True)
-class SourceArray:
-    """An array that can be had in pieces: `boxes` it is stored in, and the bytes of a run of rows of one of them."""
-
-    spec: ArraySpec
-    boxes: tuple[Box, ...]
-    read: Callable[[Box], memoryview]
+KINDS = ("safetensors", "torch", "dcp", "deepspeed", "megatron")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A foreign checkpoint, opened."""
+def open_source(
+    path: str | Path,
+    kind: str | None = None,
+    *,
+    rules: Rules | None = None,
+    inert: Sequence[str] = (),
+    group: str = "model",
+) -> Source:
+    """The foreign checkpoint at `path`, its kind recognized by what is there. Raises NotACheckpoint when it is none of ours.
 
-    kind: str
-    arrays: Mapping[str, SourceArray]
-    objects: Mapping[str, Any]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.spec.nbytes for array in self.arrays.values())
-
-
-def open_source(path: str | Path, kind: str | None = None) -> Source:
-    """The foreign checkpoint at `path`, its kind recognized by what is there. Raises NotACheckpoint when it is none of ours."""
+    `rules` say how a trainer's arrays become those of a checkpoint; names without a group are put under `group`. `inert` names
+    classes (or their modules) whose objects in torch files are passed over; nothing of them is executed.
+    """
     path = Path(path)
     if not path.exists():
         raise NotACheckpoint(f"{path}: no such file or directory")
     kind = kind or _recognize(path)
-    openers = {"safetensors": _open_safetensors, "torch": _open_torch, "dcp": _open_dcp}
-    if kind not in openers:
+    if kind not in KINDS:
         raise ConfigError(f"{kind!r} is not one of {', '.join(KINDS)}")
     with disk_errors("reading", path):
-        return openers[kind](path)
+        if kind == "megatron":
+            return open_megatron(path, inert, rules, group)
+        if kind == "torch":
+            return _grouped(open_torch(path, inert), rules, group)
+        if kind == "deepspeed":
+            return _grouped(open_deepspeed(path, inert), rules, group)
+        return _grouped(_open_safetensors(path) if kind == "safetensors" else _open_dcp(path), rules, group)
 
 
 def _recognize(path: Path) -> str:
@@ -71,38 +73,70 @@ def _recognize(path: Path) -> str:
         return "safetensors"
     if path.is_dir() and (path / ".metadata").exists():
         return "dcp"
+    if find_deepspeed(path) is not None:
+        return "deepspeed"
+    if find_megatron(path) is not None:
+        return "megatron"
     if path.is_file() and path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return "torch"
-    raise NotACheckpoint(f"{path}: neither safetensors, nor a torch file, nor a torch.distributed.checkpoint directory")
+    raise NotACheckpoint(
+        f"{path}: neither safetensors, nor a torch file, nor a checkpoint of torch.distributed.checkpoint, DeepSpeed or Megatron"
+    )
+
+
+def _grouped(source: Source, rules: Rules | None, group: str) -> Source:
+    """The source with its names under a group, and put through the rules as one rank's state."""
+    named = {name if "/" in name or not group else f"{group}/{name}": array for name, array in source.arrays.items()}
+    arrays = {name: replace(array, spec=replace(array.spec, name=name)) for name, array in named.items()}
+    return replace(source, arrays=arrays if rules is None else join([Held(source.kind, arrays)], rules))
 
 
 def import_checkpoint(
     source: Source,
     root: str | Path,
     *,
-    step: int = 0,
-    group: str = "model",
+    step: int | None = None,
     threads: int = 2,
+    max_memory_nbytes: int | None = None,
+    dual: bool = False,
     progress: Progress | None = None,
-) -> Path:
-    """The source as a committed step of the run at `root`. Names without a group are put under `group`."""
-    named = {_grouped(name, group): array for name, array in source.arrays.items()}
-    rows, arrays = [], {}
-    for name, array in named.items():
-        for box in array.boxes:
-            for piece in split_rows(box, ITEMSIZE[array.spec.dtype], PIECE_NBYTES):
-                nbytes = piece.size * ITEMSIZE[array.spec.dtype]
-                rows.append(Fragment(name, array.spec.dtype, array.spec.shape, piece.offset, piece.shape, 0, 0, nbytes))
-        arrays[name] = array
-    plan = plan_write(FragmentTable.from_rows(rows), step=step, layout={"world": 1, "imported_from": source.kind})
+) -> Place:
+    """The source as a committed step of the run at `root`: `step`, or the one that the source says it is, or 0.
+
+    With `dual` large arrays are safetensors files at the same time, and can be exported without a copy. After an error nothing of
+    it is left behind.
+    """
+    piece = min(PIECE_NBYTES, max(1 << 20, (max_memory_nbytes or 1 << 40) // (8 * threads)))
+    rows = list(_rows(source.arrays, piece))
+    number = source.step if step is None else step
+    layout = {**source.layout, "world": 1, "imported_from": source.kind}
+    plan = plan_write(FragmentTable.from_rows(rows), step=number or 0, layout=layout, whole_files=is_remote(root))
+    if dual:
+        local(place(root), "a dual import")
+        plan = with_heads(plan)
     directory = begin(root, plan, f"import-{os.getpid()}-{os.urandom(4).hex()}")
-    write_fragments(directory, plan, 0, rows, lambda row: arrays[row.array].read(row.box), threads=threads, progress=progress)
-    objects = {name: encode_object(value, name) for name, value in source.objects.items()}
-    return commit(root, directory, plan, nodes=[0], objects={0: objects})
+
+    def read(row: Fragment) -> memoryview:
+        return source.arrays[row.array].read(row.box)
+
+    try:
+        with disk_errors("importing to", directory):
+            if dual:
+                write_heads(local(directory, "a dual import"), plan)
+        write_fragments(directory, plan, 0, rows, read, threads=threads, progress=progress)
+        objects = {name: encode_object(value, name) for name, value in source.objects.items()}
+        return commit(root, directory, plan, nodes=[0], objects={0: objects})
+    except BaseException:
+        discard(directory)
+        raise
 
 
-def _grouped(name: str, group: str) -> str:
-    return name if "/" in name or not group else f"{group}/{name}"
+def _rows(arrays: Mapping[str, SourceArray], piece_nbytes: int) -> Iterable[Fragment]:
+    for name, array in arrays.items():
+        spec = array.spec
+        for box in array.boxes:
+            for part in split_rows(box, ITEMSIZE[spec.dtype], piece_nbytes):
+                yield Fragment(name, spec.dtype, spec.shape, part.offset, part.shape, 0, 0, part.size * ITEMSIZE[spec.dtype])
 
 
 # -- safetensors -------------------------------------------------------------------------------------------------------
@@ -113,6 +147,7 @@ def _open_safetensors(path: Path) -> Source:
     arrays: dict[str, SourceArray] = {}
     for file in files:
         tensors, _ = read_header(file)
+        tensors.pop(INDEX, None)  # the Zarr side of a shard that is both
         data = _mapped(file)
         for name, tensor in tensors.items():
             if name in arrays:
@@ -136,58 +171,6 @@ def _reader(data: memoryview, tensor: StoredTensor) -> Callable[[Box], memoryvie
         return data[start : start + rows.size * itemsize]
 
     return read
-
-
-# -- torch files -------------------------------------------------------------------------------------------------------
-
-
-def _open_torch(path: Path) -> Source:
-    import torch
-
-    try:
-        document = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnsupportedFormat(f"{path}: cannot be loaded without executing code that it brings along ({reason})") from error
-    arrays: dict[str, SourceArray] = {}
-    objects: dict[str, Any] = {}
-    for path_to, value in _leaves(document, ()):
-        name = _dcp_name(path_to)
-        if isinstance(value, torch.Tensor):
-            arrays[name] = _tensor_source(name, value)
-        else:
-            objects[name] = value
-    if not arrays:
-        raise NotACheckpoint(f"{path}: holds no tensors")
-    return Source("torch", arrays, objects)
-
-
-def _leaves(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Tensors and objects by where they stand; a dictionary without a tensor in it is one object."""
-    if isinstance(value, dict) and (not path or _holds_tensor(value)):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    else:
-        yield path or ("value",), value
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_tensor, value.values()))
-    return hasattr(value, "untyped_storage")
-
-
-def _tensor_source(name: str, tensor: Any) -> SourceArray:
-    import torch
-
-    spec = ArraySpec(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-
-    def read(rows: Box) -> memoryview:
-        part = tensor[rows.slices(Box.whole(spec.shape))] if spec.shape else tensor
-        flat = part.detach().contiguous().reshape(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
-
-    return SourceArray(spec, (Box.whole(spec.shape),), read)
 
 
 # -- torch.distributed.checkpoint --------------------------------------------------------------------------------------
@@ -237,7 +220,7 @@ def _open_dcp(path: Path) -> Source:
         places = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
         paths = metadata.planner_data or {}
         for key, entry in metadata.state_dict_metadata.items():
-            name = _dcp_name(paths.get(key, (key,)))
+            name = array_name_of(paths.get(key, (key,)))
             if hasattr(entry, "chunks"):
                 arrays[name] = _dcp_array(path, name, key, entry, places)
             else:
@@ -247,24 +230,18 @@ def _open_dcp(path: Path) -> Source:
     return Source("dcp", arrays, objects)
 
 
-def _dcp_name(path: Iterable[Any]) -> str:
-    from holdfast.ckpt.dcp import array_name
-
-    return array_name([str(part).replace("/", ".") for part in path])
-
-
 def _dcp_array(path: Path, name: str, key: str, entry: Any, places: Mapping[tuple[str, tuple[int, ...]], Any]) -> SourceArray:
     spec = ArraySpec(name, str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size))
     chunks = {Box(tuple(chunk.offsets), tuple(chunk.sizes)): places[key, tuple(chunk.offsets)] for chunk in entry.chunks}
-    held: dict[Box, Any] = {}
+    held: dict[Box, SourceArray] = {}
 
     def read(rows: Box) -> memoryview:
         box = next(box for box in chunks if box.contains(rows))
         if box not in held:  # one chunk at a time: DCP stores it as a torch file that is read whole
             held.clear()
-            held[box] = _tensor_source(name, _dcp_load(path, chunks[box]))
+            held[box] = tensor_source(name, _dcp_load(path, chunks[box]))
         moved = Box(tuple(low - base for low, base in zip(rows.offset, box.offset, strict=True)), rows.shape)
-        return held[box].read(moved)  # type: ignore[no-any-return]
+        return held[box].read(moved)
 
     return SourceArray(spec, tuple(box for box in chunks if box.size) or (Box.whole(spec.shape),), read)
 

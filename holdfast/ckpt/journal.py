@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
 from holdfast.arrays import Box
 from holdfast.ckpt.manifest import RUNS_SCHEMA, StoredRun, runs_of, runs_table
 from holdfast.ckpt.steps import JOURNALS
+from holdfast.ckpt.storage import Place
 from holdfast.errors import CorruptData, MissingData
 
 
@@ -36,9 +36,9 @@ class Journal:
         return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]
 
     @classmethod
-    def read(cls, directory: Path, node: int) -> Journal:
+    def read(cls, directory: Place, node: int) -> Journal:
         """The journal that `node` left in a save's directory; MissingData or CorruptData when it cannot be trusted."""
-        path = journal_path(directory, node)
+        path = directory / journal_name(node)
         try:
             with pa.ipc.open_file(pa.py_buffer(path.read_bytes())) as file:
                 table = file.read_all()
@@ -52,8 +52,8 @@ class Journal:
         return cls(digest, runs, {place(*where): data for where, data in small if data is not None})
 
 
-def journal_path(directory: Path, node: int) -> Path:
-    return directory / JOURNALS / f"{node:05d}.arrow"
+def journal_name(node: int) -> str:
+    return f"{JOURNALS}/{node:05d}.arrow"
 
 
 def place(array: str, offset: Sequence[int]) -> str:

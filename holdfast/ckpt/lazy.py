@@ -2,15 +2,18 @@
 
 `start` returns at once. A thread copies into buffers that are kept for the next capture, so host memory is bounded by one copy of
 the state. Before any optimizer of the process steps, a hook waits for what is not copied yet. Tensors that changed all the same
-make the capture fail: what was torn is never stored.
+(by their version, or by a sample of their elements) make the capture fail: what was torn is never stored.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +25,27 @@ from holdfast.events import emit
 
 HEAD_START_S = 0.002
 
+SAMPLES = 64
+"""Elements of a tensor that are looked at again after it was copied: some 20 µs, and an optimizer changes nearly all."""
+
+TRACE_NBYTES = 64
+
 Key = tuple[int, torch.dtype, tuple[int, ...]]
 """Where a tensor's bytes live and how they are read: equal for all views of the same part of one storage."""
 
 
 def key_of(tensor: torch.Tensor) -> Key:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class _Later:
+    """A tensor to copy, and how it looked when the save was called."""
+
+    name: str
+    tensor: torch.Tensor
+    version: int
+    trace: bytes
 
 
 class LazyCapture:
@@ -49,13 +67,14 @@ class LazyCapture:
         self._copied.wait()
         started_s = time.perf_counter()
         self._copies = {}
-        later: list[tuple[str, torch.Tensor, int]] = []
+        later: list[_Later] = []
         for name, tensor in tensors:
             local = tensor.detach()
             if local.nbytes < SMALL_ARRAY_NBYTES:
                 self._copy(local)
             else:
-                later.append((name, local, tensor._version))
+                later.append(_Later(name, local, tensor._version, _trace(local)))
+        self._let_go_except({*self._copies, *(key_of(item.tensor) for item in later)})
         self._copied.clear()
         hook = register_optimizer_step_pre_hook(lambda *_: self.fence())
         return self._pool.submit(self._run, later, hook, _streams(later), started_s)
@@ -77,17 +96,15 @@ class LazyCapture:
         self._buffers.clear()
         self._copies.clear()
 
-    def _run(
-        self, later: list[tuple[str, torch.Tensor, int]], hook: Any, streams: dict[torch.device, Any], started_s: float
-    ) -> None:
+    def _run(self, later: list[_Later], hook: Any, streams: dict[torch.device, Any], started_s: float) -> None:
         try:
             # Let the caller's thread go on first: it still has to return, and copying would compete with it for the interpreter.
             time.sleep(HEAD_START_S)
-            for _, tensor, _ in later:
-                self._copy(tensor, streams.get(tensor.device))
+            for item in later:
+                self._copy(item.tensor, streams.get(item.tensor.device))
             for stream in streams.values():
                 stream.synchronize()
-            changed = [name for name, tensor, version in later if tensor._version != version]
+            changed = [item.name for item in later if self._has_changed(item, streams.get(item.tensor.device))]
         finally:
             hook.remove()
             self._copied.set()
@@ -97,6 +114,19 @@ class LazyCapture:
                 "is dropped. Call optimizer.step() to change parameters, or save without async"
             )
         emit("ckpt.captured", seconds=time.perf_counter() - started_s)
+
+    def _has_changed(self, item: _Later, stream: Any) -> bool:
+        """Since the call, by version and by a few bytes; since the copy, by a sample. Fused optimizers leave no other traces."""
+        tensor = item.tensor
+        if tensor._version != item.version or _trace(tensor) != item.trace:
+            return True
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            return not _sample(tensor).equal(_sample(self._copies[key_of(tensor)]))
+
+    def _let_go_except(self, wanted: set[Key]) -> None:
+        """Tensors that are gone keep no buffers: host memory stays one copy of the state."""
+        for key in self._buffers.keys() - wanted:
+            del self._buffers[key]
 
     def _copy(self, tensor: torch.Tensor, stream: Any = None) -> None:
         key = key_of(tensor)
@@ -112,10 +142,26 @@ class LazyCapture:
         self._copies[key] = buffer
 
 
-def _streams(later: Iterable[tuple[str, torch.Tensor, int]]) -> dict[torch.device, Any]:
+def _trace(tensor: torch.Tensor) -> bytes:
+    """The first, middle and last bytes of a tensor on the CPU: a microsecond, and an optimizer's step changes them."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return b""
+    start, nbytes = tensor.data_ptr(), tensor.nbytes
+    places = (0, nbytes // 2, nbytes - TRACE_NBYTES)
+    return b"".join(ctypes.string_at(start + place, TRACE_NBYTES) for place in places)
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    """Some elements, spread over the tensor, as bytes: NaN equals itself then, and 0.0 is not -0.0."""
+    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES), device=tensor.device)
+    picked = tensor[torch.unravel_index(places, tensor.shape)] if tensor.dim() else tensor
+    return picked.cpu().contiguous().view(torch.uint8)
+
+
+def _streams(later: Iterable[_Later]) -> dict[torch.device, Any]:
     """A side stream for every GPU, which begins after what the training stream has been told so far."""
     streams: dict[torch.device, Any] = {}
-    for _, tensor, _ in later:
+    for tensor in (item.tensor for item in later):
         if tensor.device.type == "cuda" and tensor.device not in streams:
             streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
             streams[tensor.device].wait_stream(torch.cuda.current_stream(tensor.device))

@@ -8,25 +8,43 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast.ckpt.parity import add_parity
+from holdfast.ckpt.parityfile import Parity
+from holdfast.ckpt.storage import local
 from holdfast.errors import LayoutMismatch, StateError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
     from holdfast.ckpt.dcp import UniversalWriter
+    from holdfast.ckpt.storage import Place
 
 
-def save(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None) -> Path:
-    """The state is a committed step of the run at `path`; returns the step's directory."""
-    from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+def save(
+    state: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    direct: bool = False,
+    compress: Mapping[str, int] | None = None,
+    incremental: bool = False,
+    parity: Parity | None = None,
+) -> Place:
+    """The state is a committed step of the run at `path`, a directory or a URI; returns the step's place.
 
-    from holdfast.ckpt.dcp import UniversalWriter
+    With `parity` as much of the step as it says may rot and can be repaired (directories only); it is written after the step is
+    committed.
 
-    writer = UniversalWriter(path, step=step)
-    dcp_save(state_dict_of(state), storage_writer=writer, no_dist=_is_alone())
+    The options are those of `UniversalWriter`.
+    """
+    from holdfast.ckpt.dcp import UniversalWriter, save_state_dict
+
+    writer = UniversalWriter(path, step=step, direct=direct, compress=compress, incremental=incremental)
+    save_state_dict(state_dict_of(state), writer, None, alone=_is_alone())
+    if parity is not None and writer.checkpoint is not None:  # on the coordinator
+        add_parity(local(writer.checkpoint, "parity"), parity)
     return writer.checkpoint or writer.root
 
 
@@ -37,19 +55,17 @@ def save_async(
     step: int | None = None,
     writer: UniversalWriter | None = None,
 ) -> AsyncSaveResponse:
-    """Begin to save and return; the next optimizer step waits by itself for what is not copied yet.
+    """Begin to save and return within about a millisecond; the next optimizer step waits by itself for what is not copied yet.
 
-    `upload_completion.result()` of the answer is there when the step is committed, and raises what went wrong. Give the same
-    `writer` to every call to have its host buffers used again.
+    `upload_completion.result()` of the answer is there when the step is committed, and raises what went wrong; a save that
+    failed is logged too, and training goes on. A save that is still being written is waited for. Threads, host buffers (one copy
+    of the state) and what is known of the state's structure are kept for the next save to the same `path`, or in your own
+    `writer`, whose `close` lets them go. With a process group the first call is a collective: it makes a group of its own, so that
+    saves never mix with the training's communication.
     """
-    from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
+    from holdfast.ckpt.background import saver_of
 
-    from holdfast.ckpt.dcp import UniversalWriter
-
-    writer = writer or UniversalWriter(path, step=step)
-    response = async_save(state_dict_of(state), storage_writer=writer, no_dist=_is_alone())
-    assert isinstance(response, AsyncSaveResponse)
-    return response
+    return saver_of(path, writer).save(state, step)
 
 
 def load(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | None = None) -> int:
@@ -69,7 +85,7 @@ def load(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | 
     dcp_load(wanted, storage_reader=reader, no_dist=_is_alone())
     for name, item in state.items():
         if isinstance(item, Optimizer):
-            set_optimizer_state_dict(_module_of(name, item, state), item, optim_state_dict=wanted[name])
+            set_optimizer_state_dict(module_of(name, item, state), item, optim_state_dict=wanted[name])
         elif hasattr(item, "load_state_dict") and not isinstance(item, nn.Module):
             item.load_state_dict(wanted[name])  # a module's own tensors have been filled in place
     return reader.checkpoint.step
@@ -96,7 +112,7 @@ def state_dict_of(state: Mapping[str, Any], *, make_state: bool = False) -> dict
         if isinstance(item, nn.Module):
             found[name] = get_model_state_dict(item)
         elif isinstance(item, Optimizer) and (make_state or item.state):
-            found[name] = get_optimizer_state_dict(_module_of(name, item, state), item)
+            found[name] = get_optimizer_state_dict(module_of(name, item, state), item)
         elif isinstance(item, Optimizer):
             found[name] = {"param_groups": []}  # nothing has been learned yet, and asking torch would make it up
         elif hasattr(item, "state_dict"):
@@ -106,7 +122,7 @@ def state_dict_of(state: Mapping[str, Any], *, make_state: bool = False) -> dict
     return found
 
 
-def _module_of(name: str, optimizer: Any, state: Mapping[str, Any]) -> Any:
+def module_of(name: str, optimizer: Any, state: Mapping[str, Any]) -> Any:
     """The module whose parameters the optimizer holds; names come from it."""
     from torch import nn
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,9 @@ import pyarrow.parquet as pq
 
 from holdfast.arrays import ITEMSIZE, Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, Crcs
+from holdfast.ckpt.packing import packed_bound
 from holdfast.ckpt.steps import COMMIT, FRAGMENTS, LAYOUT, OBJECTS
+from holdfast.ckpt.storage import Place
 from holdfast.ckpt.strips import ArrayLayout, Run
 from holdfast.errors import CorruptData, MissingData, NotACheckpoint, UnsupportedFormat
 
@@ -62,7 +63,10 @@ OBJECTS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class StoredRun:
-    """A run that has been written: where it is, whose it was, and what its bytes sum to."""
+    """A run that has been written: where it is, whose it was, and what its bytes, as they are on the disk, sum to.
+
+    Of a compressed array each chunk is a run, and `is_packed`: its `nbytes` are the compressed ones.
+    """
 
     array: str
     run: Run
@@ -71,6 +75,7 @@ class StoredRun:
     blocks: Crcs
     rank: int
     inherited_from: int | None = None
+    is_packed: bool = False
 
     @property
     def box(self) -> Box:
@@ -143,6 +148,8 @@ def placed(stored: StoredRun, layout: ArrayLayout | None, where: str) -> StoredR
     inside = len(box.offset) == len(box.shape) == len(shape) and min((*box.offset, *box.shape), default=0) >= 0
     if not inside or not Box.whole(shape).contains(box):
         raise CorruptData(f"{where}: {stored.array}: a run at {box.offset} lies outside the array")
+    if layout.is_packed:
+        return _placed_chunk(stored, layout, where)
     runs = layout.runs(box)
     found = (stored.run.file, stored.run.byte_offset, stored.nbytes)
     if len(runs) != 1 or found != (runs[0].file, runs[0].byte_offset, runs[0].held.size * ITEMSIZE[layout.spec.dtype]):
@@ -151,6 +158,18 @@ def placed(stored: StoredRun, layout: ArrayLayout | None, where: str) -> StoredR
             f"{stored.run.file}+{stored.run.byte_offset}, where the format does not put it"
         )
     return replace(stored, run=runs[0])
+
+
+def _placed_chunk(stored: StoredRun, layout: ArrayLayout, where: str) -> StoredRun:
+    """A compressed chunk: it has to be one of the array's chunks; where in the file it begins only the table knows."""
+    held = next(layout.chunks(stored.box), None) if stored.box.size else None
+    whole = Box.whole(layout.spec.shape)
+    is_chunk = held is not None and (held.intersect(whole) if held.shape else held) == stored.box
+    if not is_chunk or held is None or stored.run.file != layout.file(layout.shard_of(stored.box)):
+        raise CorruptData(f"{where}: {stored.array}: the run at {stored.box.offset} is no chunk of this array")
+    if stored.nbytes > packed_bound(held.size * ITEMSIZE[layout.spec.dtype]):
+        raise CorruptData(f"{where}: {stored.array}: the chunk at {stored.box.offset} is larger compressed than it can be")
+    return replace(stored, run=replace(stored.run, held=held), is_packed=True)
 
 
 # -- documents ---------------------------------------------------------------------------------------------------------
@@ -249,7 +268,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_commit(directory: Path) -> CommitRecord:
+def read_commit(directory: Place) -> CommitRecord:
     """The commit record of a step directory; NotACheckpoint when the save was never committed."""
     path = directory / COMMIT
     try:
@@ -262,7 +281,7 @@ def read_commit(directory: Path) -> CommitRecord:
         ) from None
 
 
-def read_document(directory: Path, name: str, limit_nbytes: int = MAX_DOCUMENT_NBYTES) -> bytes:
+def read_document(directory: Place, name: str, limit_nbytes: int = MAX_DOCUMENT_NBYTES) -> bytes:
     """The bytes of one of the checkpoint's own documents; a link or an oversized file is refused."""
     path = directory / name
     if path.is_symlink():
@@ -280,7 +299,7 @@ def read_document(directory: Path, name: str, limit_nbytes: int = MAX_DOCUMENT_N
         raise MissingData(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def read_checked(directory: Path, record: CommitRecord, name: str) -> bytes:
+def read_checked(directory: Place, record: CommitRecord, name: str) -> bytes:
     """A document whose digest is the one in COMMIT."""
     data = read_document(directory, name)
     found = sha256(data)

@@ -6,13 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
-from holdfast.arrays import ArraySpec, Box, Fragment, FragmentTable, check_coverage
-from holdfast.ckpt.strips import ArrayLayout, Run, choose_layout
+from holdfast.arrays import SMALL_ARRAY_NBYTES, ArraySpec, Box, Fragment, FragmentTable, check_coverage
+from holdfast.ckpt.packing import MAX_LEVEL
+from holdfast.ckpt.strips import ArrayLayout, Run, choose_layout, choose_split_layout
 from holdfast.ckpt.zarrdoc import array_document
 from holdfast.errors import ConfigError, StateError
+
+PARENT = "parent"
+"""Where layout.json names the step that this one was made from."""
 
 MAX_NAME_PART_NBYTES = 200
 """Filesystems stop at 255 bytes; the rest is kept for what a later format may append."""
@@ -25,12 +30,20 @@ class WritePlan:
     step: int
     arrays: dict[str, ArrayLayout]
     layout: dict[str, Any] = field(default_factory=dict)
+    whole_files: bool = False
+    """Every file has one writer, as object stores want it."""
     part_of: str | None = None
     """For a part of a plan: the digest of the whole."""
 
     def part(self, names: Iterable[str]) -> WritePlan:
         """The plan for some arrays: all that a writer of these needs, and small enough to send."""
-        return WritePlan(self.step, {name: self.arrays[name] for name in names}, part_of=self.digest)
+        arrays = {name: self.arrays[name] for name in names}
+        return WritePlan(self.step, arrays, whole_files=self.whole_files, part_of=self.digest)
+
+    @property
+    def inherits(self) -> bool:
+        """Whether bytes may be taken from an earlier step."""
+        return PARENT in self.layout
 
     @property
     def nbytes(self) -> int:
@@ -54,8 +67,19 @@ class WritePlan:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def plan_write(table: FragmentTable, *, step: int, layout: Mapping[str, Any] | None = None) -> WritePlan:
+def plan_write(
+    table: FragmentTable,
+    *,
+    step: int,
+    layout: Mapping[str, Any] | None = None,
+    whole_files: bool = False,
+    compress: Mapping[str, int] | None = None,
+) -> WritePlan:
     """The plan that writes all ranks' distinct fragments as one checkpoint.
+
+    `whole_files` is for object stores (`storage.is_remote`): files are cut as the fragments are. `compress` gives zstd levels (1
+    to 19) by shell pattern over array names, the first that matches: {"optim/*": 3}. Arrays below 64 KiB, and those whose
+    fragments form no regular grid, stay as they are.
 
     Raises LayoutMismatch where the fragments leave a hole or overlap, StateError where two names cannot stand side by side in a
     directory tree. Plain values in, plain values out: no I/O, no clock, no torch.
@@ -68,8 +92,30 @@ def plan_write(table: FragmentTable, *, step: int, layout: Mapping[str, Any] | N
     for row in table:
         boxes[row.array].append(row.box)
     check_coverage(specs.values(), boxes)
-    arrays = {name: choose_layout(specs[name], boxes[name]) for name in sorted(specs)}
-    return WritePlan(step, arrays, json.loads(json.dumps(layout or {})))
+    levels = _levels(specs.values(), compress or {})
+    arrays = {name: _layout(specs[name], boxes[name], whole_files, levels.get(name)) for name in sorted(specs)}
+    return WritePlan(step, arrays, json.loads(json.dumps(layout or {})), whole_files)
+
+
+def _layout(spec: ArraySpec, boxes: list[Box], whole_files: bool, level: int | None) -> ArrayLayout:
+    split = choose_split_layout(spec, boxes, level) if level is not None or (whole_files and is_large(spec)) else None
+    return split or choose_layout(spec, boxes)
+
+
+def is_large(spec: ArraySpec) -> bool:
+    return spec.nbytes >= SMALL_ARRAY_NBYTES
+
+
+def _levels(specs: Iterable[ArraySpec], compress: Mapping[str, int]) -> dict[str, int]:
+    wrong = next((level for level in compress.values() if not 1 <= level <= MAX_LEVEL), None)
+    if wrong is not None:
+        raise ConfigError(f"zstd level {wrong}: it has to be 1 to {MAX_LEVEL}")
+    first = {
+        spec.name: next((level for pattern, level in compress.items() if fnmatchcase(spec.name, pattern)), None)
+        for spec in specs
+        if is_large(spec)
+    }
+    return {name: level for name, level in first.items() if level is not None}
 
 
 def check_names(names: Iterable[str]) -> None:

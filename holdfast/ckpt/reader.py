@@ -8,14 +8,12 @@ is unpickled, no link is followed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,9 +32,11 @@ from holdfast.ckpt.manifest import (
     read_commit,
     runs_of,
 )
+from holdfast.ckpt.packing import unpack
 from holdfast.ckpt.plan import check_names
 from holdfast.ckpt.reads import DirectRead, Read, SieveRead, Want, aligned, plan_reads
 from holdfast.ckpt.steps import FRAGMENTS, LAYOUT, OBJECTS
+from holdfast.ckpt.storage import REMOTE_THREADS, OpenFile, Place, is_remote, open_data
 from holdfast.ckpt.strips import ArrayLayout
 from holdfast.ckpt.verify import VerifyReport, verify
 from holdfast.ckpt.views import as_bytes, box_view
@@ -54,7 +54,7 @@ Progress = Callable[[int], None]
 class Checkpoint:
     """A committed step. Cheap to open; data is read when asked for, and checked before it is handed out."""
 
-    path: Path
+    path: Place
     record: CommitRecord
     layouts: Mapping[str, ArrayLayout]
     layout: Mapping[str, Any]
@@ -164,6 +164,7 @@ class Checkpoint:
 
     def _execute(self, reads: Sequence[Read], outs: Sequence[memoryview], threads: int, progress: Progress | None) -> None:
         """Carry the reads out, a few at a time, a file's reads side by side."""
+        threads = max(threads, REMOTE_THREADS) if is_remote(self.path) else threads
         if len(reads) <= 1:
             for read in reads:
                 self._do(read, outs)
@@ -209,6 +210,8 @@ class Checkpoint:
     def _sieve(self, read: SieveRead, outs: Sequence[memoryview]) -> None:
         start, stop = aligned(read)
         data = self.read_run(read.run, start, stop)
+        if read.run.is_packed:
+            data = self._unpacked(read.run, data)
         for want, part in read.cuts:
             source = box_view(data, read.run.run.held, part, want.dtype, start)
             box_view(outs[want.target], want.box, part, want.dtype)[...] = source
@@ -220,16 +223,19 @@ class Checkpoint:
         self._check(run, start, data)
         return data
 
+    def _unpacked(self, run: StoredRun, data: memoryview) -> memoryview:
+        where = f"step {self.step}, {run.array} at {list(run.box.offset)} in {self.path / run.run.file}+{run.run.byte_offset}"
+        return unpack(data, run.run.held.size * ITEMSIZE[self.specs[run.array].dtype], where)
+
     def _fill(self, run: StoredRun, start: int, buffers: Sequence[memoryview]) -> None:
         at, wanted = run.run.byte_offset + start, sum(map(len, buffers))
-        with self.open_file(run.run.file) as fd:
+        with self.open_file(run.run.file) as file:
             rest = [buffer for buffer in buffers if len(buffer)]
             while rest:
-                got = os.preadv(fd, rest, at)
+                got = file.read_into(rest, at)
                 if got == 0:
-                    size = os.fstat(fd).st_size
                     raise MissingData(
-                        f"step {self.step}, {run.array} at {self.path / run.run.file}: the file ends at byte {size}, "
+                        f"step {self.step}, {run.array} at {self.path / run.run.file}: the file ends at byte {file.size()}, "
                         f"expected data up to {run.run.byte_offset + start + wanted}; {self._next_step}"
                     )
                 at += got
@@ -256,8 +262,11 @@ class Checkpoint:
         return f'nothing of it was used; take another step ("holdfast ls {self.path.parent}")'
 
     def block_box(self, run: StoredRun, block: int) -> Box:
-        """The rows of the run that a checksum block touches; whole rows, since a block may begin inside one."""
-        if not run.box.shape:
+        """The rows of the run that a checksum block touches; whole rows, since a block may begin inside one.
+
+        A compressed run can only be had whole.
+        """
+        if not run.box.shape or run.is_packed:
             return run.box
         row_nbytes = run.nbytes // run.run.held.shape[0]
         start = block * BLOCK_NBYTES
@@ -265,31 +274,21 @@ class Checkpoint:
         return run.box.rows(start // row_nbytes, -(-stop // row_nbytes))
 
     @contextmanager
-    def open_file(self, name: str) -> Iterator[int]:
+    def open_file(self, name: str) -> Iterator[OpenFile]:
         """A data file, opened for reading without following a link anywhere below the checkpoint."""
         path = self.path / name
         try:
-            if os.path.realpath(path.parent) != os.path.join(self._real_path, *Path(name).parts[:-1]):
-                raise UnsupportedFormat(
-                    f"{path}: a directory on the way is a symbolic link; a checkpoint holds only files of its own"
-                )
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            file = open_data(self.path, name)
         except FileNotFoundError as error:
             raise MissingData(f"step {self.step}: {path} is missing; {self._next_step}") from error
-        except OSError as error:
-            if path.is_symlink():
-                raise UnsupportedFormat(f"{path}: is a symbolic link; a checkpoint holds only files of its own") from error
-            raise MissingData(f"step {self.step}: {path} cannot be read ({error.strerror})") from error
         try:
-            yield fd
+            yield file
         except OSError as error:
-            raise MissingData(f"step {self.step}: {path} cannot be read ({error.strerror}); {self._next_step}") from error
+            raise MissingData(
+                f"step {self.step}: {path} cannot be read ({error.strerror or error}); {self._next_step}"
+            ) from error
         finally:
-            os.close(fd)
-
-    @cached_property
-    def _real_path(self) -> str:
-        return os.path.realpath(self.path)
+            file.close()
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read and check every byte of every file; damage is listed, never raised."""
@@ -316,7 +315,7 @@ def _after(buffers: Sequence[memoryview], done: int) -> Iterator[memoryview]:
 # -- opening -----------------------------------------------------------------------------------------------------------
 
 
-def open_directory(directory: Path) -> Checkpoint:
+def open_directory(directory: Place) -> Checkpoint:
     """The checkpoint in one step directory, its documents checked against COMMIT."""
     record = read_commit(directory)
     root = _json(directory, record, "zarr.json")
@@ -331,14 +330,14 @@ def open_directory(directory: Path) -> Checkpoint:
     return Checkpoint(directory, record, layouts, layout, objects, small, table)
 
 
-def _json(directory: Path, record: CommitRecord, name: str) -> Any:
+def _json(directory: Place, record: CommitRecord, name: str) -> Any:
     try:
         return json.loads(read_checked(directory, record, name))
     except (ValueError, RecursionError) as error:
         raise CorruptData(f"{directory / name}: not JSON ({error})") from error
 
 
-def _layouts(directory: Path, record: CommitRecord, root: Any) -> dict[str, ArrayLayout]:
+def _layouts(directory: Place, record: CommitRecord, root: Any) -> dict[str, ArrayLayout]:
     try:
         attributes = root["attributes"]["holdfast"]
         nodes = root["consolidated_metadata"]["metadata"]
@@ -365,7 +364,7 @@ def _layouts(directory: Path, record: CommitRecord, root: Any) -> dict[str, Arra
 
 
 def _objects(
-    directory: Path, record: CommitRecord, layouts: Mapping[str, ArrayLayout]
+    directory: Place, record: CommitRecord, layouts: Mapping[str, ArrayLayout]
 ) -> tuple[dict[int, dict[str, str]], dict[str, bytes]]:
     where = str(directory / OBJECTS)
     table = from_parquet(read_checked(directory, record, OBJECTS), OBJECTS_SCHEMA, where)

@@ -47,7 +47,7 @@ class DirectRead:
 
 @dataclass(frozen=True, slots=True)
 class SieveRead:
-    """Bytes [start, stop) of a run are read once, and boxes are cut out of them."""
+    """Bytes [start, stop) of a run are read once, and boxes are cut out of them; all of a compressed run, once."""
 
     run: StoredRun
     start: int
@@ -69,7 +69,10 @@ def plan_reads(wants: Iterable[Want], runs_of: Callable[[str], Sequence[StoredRu
             common = want.box.intersect(run.box) if run.box.shape else run.box
             if common is None:
                 continue
-            if _goes_straight(run, want, common):
+            if run.is_packed:
+                whole = SieveRead(run, 0, run.nbytes, ((want, common),))
+                sieved.setdefault((run.run.file, run.run.byte_offset), []).append(whole)
+            elif _goes_straight(run, want, common):
                 direct += _direct(run, want, common)
             else:
                 sieved.setdefault((run.run.file, run.run.byte_offset), []).extend(_sieve(run, want, common))
@@ -146,7 +149,7 @@ def _merge(reads: list[SieveRead]) -> list[SieveRead]:
     for read in sorted(reads, key=lambda read: (read.start, read.stop)):
         last = merged[-1] if merged else None
         near = last is not None and read.start <= aligned(last)[1] + SIEVE_GAP_NBYTES // 4
-        if last is not None and near and max(read.stop, last.stop) - last.start <= READ_NBYTES:
+        if last is not None and near and (read.run.is_packed or max(read.stop, last.stop) - last.start <= READ_NBYTES):
             merged[-1] = SieveRead(last.run, last.start, max(last.stop, read.stop), last.cuts + read.cuts)
         else:
             merged.append(read)

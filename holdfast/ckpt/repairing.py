@@ -1,4 +1,4 @@
-"""Putting damaged bytes right from another copy of the same step.
+"""Putting damaged bytes right: from the parity beside the step, and from another copy of it.
 
 Only blocks whose checksum is the one that this checkpoint expects are taken, so a repair can never bring in other data; the replica
 may have been written from another layout. A file is repaired in a copy that then replaces it whole. What follows from the layout
@@ -10,21 +10,26 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
 from holdfast.ckpt.catalog import find_step, open_checkpoint
+from holdfast.ckpt.dual import head
 from holdfast.ckpt.durable import disk_errors, replace_durably, sync_path
 from holdfast.ckpt.manifest import DOCUMENTS, StoredRun, read_checked, read_commit
+from holdfast.ckpt.parity import ParityCheck, check_parity, repair_from_parity
 from holdfast.ckpt.reader import Checkpoint, Progress, open_directory
-from holdfast.ckpt.steps import Address
+from holdfast.ckpt.steps import Address, step_of
+from holdfast.ckpt.storage import local
 from holdfast.ckpt.strips import ArrayLayout, Run
-from holdfast.ckpt.verify import Damage, VerifyReport
+from holdfast.ckpt.verify import Damage, VerifyReport, shard_end
 from holdfast.ckpt.views import run_bytes
-from holdfast.ckpt.zarrdoc import array_document, group_document, shard_index, to_json
-from holdfast.errors import HoldfastError, LayoutMismatch
+from holdfast.ckpt.zarrdoc import array_document, group_document, to_json
+from holdfast.errors import ConfigError, HoldfastError, LayoutMismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +54,49 @@ class _Patch:
     data: memoryview
 
 
-def repair(path: str | Path, replica: str | Path, *, dry_run: bool = False, progress: Progress | None = None) -> Repaired:
-    """Everything of the step at `path` that the checkpoint at `replica` can put right is right again.
+def repair(
+    path: str | Path, replica: str | Path | None = None, *, dry_run: bool = False, progress: Progress | None = None
+) -> Repaired:
+    """Everything of the step at `path` that its parity, and the checkpoint at `replica`, can put right is right again.
 
-    COMMIT itself has to be sound, for it decides what is right. Raises LayoutMismatch when the replica holds other arrays.
+    Without parity COMMIT itself has to be sound, for it decides what is right. Raises ConfigError when there is neither, and
+    LayoutMismatch when the replica holds other arrays.
     """
     address = Address.parse(str(path))
-    directory = find_step(address.path, address.step)
+    directory = local(find_step(address.path, address.step), "repair")
+    check = check_parity(directory, progress)
+    if check is None and replica is None:
+        raise ConfigError(f"{directory}: has no sound parity beside it; give --replica, another copy of the step")
+    by_parity = _by_parity(directory, check, dry_run) if check is not None else None
+    if by_parity is not None and (replica is None or not by_parity.lost):
+        return by_parity
+    assert replica is not None
+    by_replica = _by_replica(directory, replica, dry_run, progress)
+    if by_parity is None:
+        return by_replica
+    files = tuple(sorted({*by_parity.files, *by_replica.files}))
+    return replace(by_replica, files=files, blocks=by_parity.blocks + by_replica.blocks)
+
+
+def _by_parity(directory: Path, check: ParityCheck, dry_run: bool) -> Repaired:
+    """What parity alone puts right; what it cannot is listed by files, for only the documents know arrays."""
+    files = repair_from_parity(directory, check, dry_run=dry_run)
+    lost = [_lost(check, block) for block in check.lost]
+    if not dry_run and not lost:
+        lost = list(open_directory(directory).verify().damages)
+    step = step_of(directory)
+    return Repaired(str(directory), -1 if step is None else step, "", tuple(files), len(check.repairable), tuple(lost), dry_run)
+
+
+def _lost(check: ParityCheck, block: int) -> Damage:
+    stream = check.stream
+    start = block * stream.block_nbytes
+    name, offset, count = next(stream.pieces(start, start + stream.block_nbytes), ("", 0, 0))
+    what = f"more than the {stream.parity} blocks are damaged that parity can rebuild together"
+    return Damage("", name, offset, count, (), (), what)
+
+
+def _by_replica(directory: Path, replica: str | Path, dry_run: bool, progress: Progress | None) -> Repaired:
     source = open_checkpoint(replica, None if Address.parse(str(replica)).step is not None else read_commit(directory).step)
     documents = _documents(directory, source)
     if not dry_run:
@@ -108,6 +149,8 @@ def _patches(checkpoint: Checkpoint, source: Checkpoint, damage: Damage) -> Iter
 
 
 def _block_from(source: Checkpoint, checkpoint: Checkpoint, run: StoredRun, block: int) -> memoryview | None:
+    if run.is_packed:
+        return _packed_block_from(source, run, block)
     rows = checkpoint.block_box(run, block)
     dtype = checkpoint.specs[run.array].dtype
     itemsize = checkpoint.specs[run.array].nbytes // Box.whole(checkpoint.specs[run.array].shape).size
@@ -122,6 +165,18 @@ def _block_from(source: Checkpoint, checkpoint: Checkpoint, run: StoredRun, bloc
     at = block * BLOCK_NBYTES - first
     found = data[at : at + min(BLOCK_NBYTES, run.nbytes - block * BLOCK_NBYTES)]
     return found if block_crcs(found)[0] == run.blocks[block] else None
+
+
+def _packed_block_from(source: Checkpoint, run: StoredRun, block: int) -> memoryview | None:
+    """Compressed bytes can only come from a replica that compressed the same chunk to the same bytes."""
+    for twin in source.runs(run.array):
+        if twin.is_packed and twin.box == run.box and twin.nbytes == run.nbytes and np.array_equal(twin.blocks, run.blocks):
+            start = block * BLOCK_NBYTES
+            try:
+                return source.read_run(twin, start, min(start + BLOCK_NBYTES, run.nbytes))
+            except HoldfastError:
+                return None  # damaged in the replica too
+    return None
 
 
 def _derived(checkpoint: Checkpoint, report: VerifyReport) -> list[str]:
@@ -143,11 +198,13 @@ def _is_covered(checkpoint: Checkpoint, damage: Damage, patches: list[_Patch]) -
         and patch.byte_offset < damage.byte_offset + damage.nbytes
         and damage.byte_offset < patch.byte_offset + len(patch.data)
     )
-    return damage.byte_offset >= ends or held >= min(damage.nbytes, ends - damage.byte_offset)
+    begins = min(run.run.byte_offset for run in checkpoint.runs(damage.array) if run.run.file == damage.file)
+    around = damage.byte_offset >= ends or damage.byte_offset + damage.nbytes <= begins  # it follows from the layout
+    return around or held >= min(damage.nbytes, ends - damage.byte_offset)
 
 
 def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
-    path = checkpoint.path / file
+    path = local(checkpoint.path, "repair") / file
     path.parent.mkdir(parents=True, exist_ok=True)
     if file.endswith("/zarr.json"):
         name = file.removesuffix("/zarr.json")
@@ -162,9 +219,11 @@ def _rewrite(checkpoint: Checkpoint, file: str, patches: list[_Patch]) -> None:
         for patch in patches:
             os.pwrite(fd, patch.data, patch.byte_offset)
         layout, shard = _shard_of(checkpoint, file)
-        os.ftruncate(fd, layout.data_nbytes(shard))
-        if not layout.is_plain:
-            os.pwrite(fd, shard_index(layout, shard), layout.data_nbytes(shard))
+        index, begins = shard_end(layout, shard, checkpoint.runs(layout.spec.name))
+        if layout.head_nbytes:
+            os.pwrite(fd, head(layout), 0)
+        os.ftruncate(fd, begins)
+        os.pwrite(fd, index, begins)
         os.fsync(fd)
     finally:
         os.close(fd)

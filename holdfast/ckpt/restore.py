@@ -8,26 +8,30 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from holdfast.arrays import ArraySpec, Box, Fragment, FragmentTable, split_rows
+from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable, split_rows
 from holdfast.ckpt.catalog import open_checkpoint
+from holdfast.ckpt.cuts import LocalArray
 from holdfast.ckpt.durable import check_room, disk_errors, sync_files
 from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.plan import plan_write
 from holdfast.ckpt.reader import Checkpoint, Progress
 from holdfast.ckpt.reads import nbytes_read
-from holdfast.ckpt.reshard import LocalArray, ReshardPlan, plan_reshard
+from holdfast.ckpt.reshard import ReshardPlan, plan_reshard
 from holdfast.ckpt.rules import Rules
 from holdfast.ckpt.safetensors import write_skeleton
 from holdfast.ckpt.stream import DEFAULT_MEMORY_NBYTES, Destination, check_memory, stream
 from holdfast.ckpt.write import begin, commit, write_fragments
 from holdfast.errors import ConfigError
 
-FORMATS = ("torch", "safetensors", "universal")
+FORMATS = ("torch", "safetensors", "universal", "dcp")
+
+PROBE_PARTS, PROBE_NBYTES, PROBE_S = 32, 4 << 20, 0.5
+"""A dry run reads at most so much to say how fast the storage is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,13 @@ class Restored:
     memory_nbytes: int
     dry_run: bool
     seconds: float
+    read_nbytes_per_s: float | None = None
+    """What a dry run measured, reading a little of the checkpoint; a page cache that is warm makes it better than the disk is."""
+
+    @property
+    def estimated_s(self) -> float | None:
+        """How long the reading alone would take, after a dry run."""
+        return self.read_nbytes / self.read_nbytes_per_s if self.read_nbytes_per_s else None
 
     @property
     def read_amplification(self) -> float:
@@ -77,8 +88,9 @@ def restore(
     """`out` holds the checkpoint as `mesh` wants it; with `dry_run` only the numbers come back.
 
     torch: `rank-00000.pt` …, for `torch.load(weights_only=True)`. safetensors: `rank-00000.safetensors` … (`model.safetensors`
-    for a mesh of one). universal: a checkpoint whose fragments are those of the mesh. `out` must be new or empty; after an
-    error it is as it was. `only(name)` picks arrays.
+    for a mesh of one). universal: a checkpoint whose fragments are those of the mesh. dcp: a torch.distributed.checkpoint whose
+    chunks are those of the mesh. What several ranks hold is read once. `out` must be new or empty; after an error it is as it
+    was. `only(name)` picks arrays.
     """
     started_s = time.monotonic()
     if format not in FORMATS:
@@ -107,7 +119,27 @@ def restore(
         memory_nbytes=min(max_memory_nbytes, sum(plan.rank_nbytes) * 2 + threads * (8 << 20)),
         dry_run=dry_run,
         seconds=time.monotonic() - started_s,
+        read_nbytes_per_s=probe_read(checkpoint, plan, threads) if dry_run else None,
     )
+
+
+def probe_read(checkpoint: Checkpoint, plan: ReshardPlan, threads: int) -> float | None:
+    """Bytes per second of reading some of what the plan reads, checked, for PROBE_S at most; None when there is nothing to read.
+
+    Damage that it meets is raised: better before a restore than in the middle of it.
+    """
+    parts = [part for local, _ in plan.replicas for part in local.parts]
+    parts = parts[:: max(1, len(parts) // PROBE_PARTS)]
+    nbytes, started_s = 0, time.monotonic()
+    for part in parts:
+        spec = checkpoint.specs[part.array]
+        itemsize = ITEMSIZE[spec.dtype]
+        box = split_rows(part.box, itemsize, PROBE_NBYTES)[0]
+        checkpoint.read_box(part.array, box, bytearray(box.size * itemsize), threads=threads)
+        nbytes += box.size * itemsize
+        if time.monotonic() - started_s > PROBE_S:
+            break
+    return nbytes / max(time.monotonic() - started_s, 1e-9) if nbytes else None
 
 
 @contextmanager
@@ -129,7 +161,8 @@ def fresh_directory(out: Path) -> Iterator[Path]:
 
 
 def _rank_info(plan: ReshardPlan, format: str, rank: int, step: int) -> RestoredRank:
-    file = f"step-{step:08d}" if format == "universal" else _file(format, rank, plan.mesh.ranks)
+    shared = {"universal": f"step-{step:08d}", "dcp": "*.distcp"}
+    file = shared.get(format) or _file(format, rank, plan.mesh.ranks)
     return RestoredRank(rank, file, len(plan.ranks[rank]), plan.rank_nbytes[rank])
 
 
@@ -140,8 +173,8 @@ def _file(format: str, rank: int, ranks: int) -> str:
 
 
 def _read_nbytes(checkpoint: Checkpoint, plan: ReshardPlan) -> int:
-    """Bytes asked of the disk, checksum blocks and sieves included."""
-    boxes = [(part.array, part.box) for rank in plan.ranks for local in rank for part in local.parts]
+    """Bytes asked of the disk, checksum blocks and sieves included; replicas share one read."""
+    boxes = [(part.array, part.box) for local, _ in plan.replicas for part in local.parts]
     small = sum(len(checkpoint.small[name]) for name, _ in boxes if name in checkpoint.small)
     return small + nbytes_read(checkpoint.plan(boxes))
 
@@ -154,25 +187,58 @@ def _write_torch(
 ) -> None:
     from holdfast.ckpt.torchfile import write_skeleton as write_torch_skeleton
 
+    begins: list[dict[str, int]] = []
+    paths = [out / _file("torch", rank, plan.mesh.ranks) for rank in range(plan.mesh.ranks)]
     for rank, locals_ in enumerate(plan.ranks):
-        path = out / _file("torch", rank, plan.mesh.ranks)
-        shapes = {local.name: checkpoint.specs[local.name].shape for local in locals_}
-        begins = write_torch_skeleton(path, checkpoint.step, locals_, shapes, objects_for(checkpoint, rank))
-        destinations = [Destination(local, path, begins[local.name]) for local in locals_ if local.nbytes]
-        stream(checkpoint, destinations, max_memory_nbytes=memory, threads=threads, progress=progress)
+        shapes = {local.name: checkpoint.specs[local.name].shape for local in locals_ if local.name in checkpoint.specs}
+        begins.append(write_torch_skeleton(paths[rank], checkpoint.step, locals_, shapes, objects_for(checkpoint, rank)))
+    _fill(checkpoint, plan, paths, begins, memory, threads, progress)
     sync_files(out.iterdir())
 
 
 def _write_safetensors(
     checkpoint: Checkpoint, plan: ReshardPlan, out: Path, memory: int, threads: int, progress: Progress | None
 ) -> None:
-    for rank, locals_ in enumerate(plan.ranks):
-        path = out / _file("safetensors", rank, plan.mesh.ranks)
-        specs = [ArraySpec(local.name, local.dtype, local.shape) for local in locals_]
-        begins = write_skeleton(path, specs, {"format": "pt", "step": str(checkpoint.step), "mesh": str(plan.mesh)})
-        destinations = [Destination(local, path, begins[local.name]) for local in locals_ if local.nbytes]
-        stream(checkpoint, destinations, max_memory_nbytes=memory, threads=threads, progress=progress)
+    about = {"format": "pt", "step": str(checkpoint.step), "mesh": str(plan.mesh)}
+    paths = [out / _file("safetensors", rank, plan.mesh.ranks) for rank in range(plan.mesh.ranks)]
+    begins = [
+        write_skeleton(path, [ArraySpec(local.name, local.dtype, local.tensor_shape) for local in locals_], about)
+        for path, locals_ in zip(paths, plan.ranks, strict=True)
+    ]
+    _fill(checkpoint, plan, paths, begins, memory, threads, progress)
     sync_files(out.iterdir())
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    plan: ReshardPlan,
+    paths: Sequence[Path],
+    begins: Sequence[Mapping[str, int]],
+    memory: int,
+    threads: int,
+    progress: Progress | None,
+) -> None:
+    """Every rank's file gets its bytes; replicas are read once and written to each of their files."""
+    destinations = [
+        Destination(local, tuple((paths[rank], begins[rank][name]) for rank, name in holders))
+        for local, holders in plan.replicas
+    ]
+    stream(checkpoint, destinations, max_memory_nbytes=memory, threads=threads, progress=progress)
+
+
+def _write_dcp(
+    checkpoint: Checkpoint, plan: ReshardPlan, out: Path, memory: int, threads: int, progress: Progress | None
+) -> None:
+    from holdfast.ckpt.dcpfile import write_dcp
+
+    boxes: dict[str, list[Box]] = {}
+    for locals_ in plan.ranks:
+        for part in (part for local in locals_ for part in local.parts):
+            held = boxes.setdefault(part.array, [])
+            if part.box not in held:
+                held.append(part.box)
+    boxes |= {local.name: [] for local in plan.ranks[0] if not local.parts and local.name in checkpoint.specs}
+    write_dcp(checkpoint, boxes, out, max_memory_nbytes=memory, threads=threads, progress=progress)
 
 
 def _write_universal(
@@ -218,4 +284,4 @@ def objects_for(checkpoint: Checkpoint, rank: int) -> Mapping[str, str]:
     return checkpoint.objects[min(checkpoint.objects)]
 
 
-_WRITERS = {"torch": _write_torch, "safetensors": _write_safetensors, "universal": _write_universal}
+_WRITERS = {"torch": _write_torch, "safetensors": _write_safetensors, "universal": _write_universal, "dcp": _write_dcp}

@@ -35,7 +35,7 @@ DTYPES = {
     "F64": "float64",
     "C64": "complex64",
 }
-_CODES = {name: code for code, name in DTYPES.items()}
+CODES = {name: code for code, name in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ def header(specs: Sequence[ArraySpec], metadata: Mapping[str, str]) -> tuple[byt
     ordered = sorted(specs, key=lambda spec: (-ITEMSIZE[spec.dtype], spec.name))
     at, begins = 0, {}
     for spec in ordered:
-        if spec.dtype not in _CODES:
+        if spec.dtype not in CODES:
             raise ConfigError(f"{spec.name} is {spec.dtype}, which safetensors cannot hold; export it with another format")
-        entries[spec.name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
+        entries[spec.name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.nbytes]}
         begins[spec.name] = at
         at += spec.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from holdfast.arrays import ITEMSIZE, Box, split_rows
+from holdfast.ckpt.cuts import LocalArray, Part
 from holdfast.ckpt.reader import Checkpoint, Progress
-from holdfast.ckpt.reshard import LocalArray, Part
 from holdfast.ckpt.strips import contiguous_parts, flat_offset
 from holdfast.errors import ConfigError
 
@@ -23,11 +23,13 @@ LEAST_MEMORY_NBYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Destination:
-    """A local tensor's place: its bytes begin at `offset` of `path`, which has its full size already."""
+    """Where a local tensor goes: its bytes begin at an offset of each file, which has its full size already.
+
+    Replicas are one destination with several places: their bytes are read once.
+    """
 
     local: LocalArray
-    path: Path
-    offset: int
+    places: tuple[tuple[Path, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,16 @@ def _write(piece: _Piece, buffer: memoryview) -> None:
     local = piece.destination.local
     itemsize = ITEMSIZE[local.dtype]
     whole, here = Box.whole(local.shape), Box(piece.part.at, piece.part.box.shape)
-    fd = os.open(piece.destination.path, os.O_WRONLY)
-    try:
-        done = 0
-        for run in contiguous_parts(here, whole):
-            nbytes = math.prod(run.shape) * itemsize
-            _pwrite(fd, buffer[done : done + nbytes], piece.destination.offset + flat_offset(run, whole) * itemsize)
-            done += nbytes
-    finally:
-        os.close(fd)
+    for path, begins in piece.destination.places:
+        fd = os.open(path, os.O_WRONLY)
+        try:
+            done = 0
+            for run in contiguous_parts(here, whole):
+                nbytes = math.prod(run.shape) * itemsize
+                _pwrite(fd, buffer[done : done + nbytes], begins + flat_offset(run, whole) * itemsize)
+                done += nbytes
+        finally:
+            os.close(fd)
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:

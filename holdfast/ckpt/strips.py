@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Shape
@@ -22,6 +22,9 @@ MIN_CHUNK_NBYTES = 1 << 20
 
 MAX_SHARD_NBYTES = 4 << 30
 """Larger arrays are split into several files along the first dimension."""
+
+FILES_PER_BOX = 4
+"""A grid of files much finer than the fragments is no grid of the fragments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,19 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class ArrayLayout:
-    """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk."""
+    """The files of one array: `strip` is its extents past the first dimension, `chunk` Zarr's inner chunk.
+
+    With `split` every strip has files of its own. `level` is zstd's, for an array whose chunks are compressed.
+    `head_nbytes` stand in front of the data of a file that is a safetensors file too (`dual.py`).
+    """
 
     spec: ArraySpec
     strip: Shape
     chunk: Shape
     shard_rows: int
+    split: bool = False
+    level: int | None = None
+    head_nbytes: int = 0
 
     @property
     def rows(self) -> int:
@@ -66,18 +76,41 @@ class ArrayLayout:
         return self.chunk == self.spec.shape or self.spec.nbytes == 0
 
     @property
+    def is_packed(self) -> bool:
+        """Chunks are compressed: where one begins follows from no formula."""
+        return self.level is not None
+
+    @property
+    def file_grid(self) -> Shape:
+        """Files along every dimension."""
+        if not self.spec.shape:
+            return ()
+        return (-(-self.rows // self.shard_rows), *(self.strip_grid if self.split else (1,) * len(self.strip)))
+
+    @property
     def shards(self) -> int:
-        return -(-self.rows // self.shard_rows) if self.spec.nbytes else 0
+        return math.prod(self.file_grid) if self.spec.nbytes else 0
 
     def file(self, shard: int) -> str:
         """The shard's path inside the checkpoint, by Zarr's default chunk keys."""
-        return "/".join([self.spec.name, "c", *([str(shard)] if self.spec.shape else []), *["0"] * len(self.strip)])
+        return "/".join([self.spec.name, "c", *map(str, unflat_index(shard, self.file_grid))])
 
     def shard_box(self, shard: int) -> Box:
-        start = shard * self.shard_rows
-        return (
-            Box.whole(self.spec.shape).rows(start, min(start + self.shard_rows, self.rows)) if self.spec.shape else Box((), ())
-        )
+        """The part of the array that a shard's file holds."""
+        if not self.spec.shape:
+            return Box((), ())
+        extents = (self.shard_rows, *(self.strip if self.split else self.spec.shape[1:]))
+        offset = tuple(at * extent for at, extent in zip(unflat_index(shard, self.file_grid), extents, strict=True))
+        ends = (min(at + extent, whole) for at, extent, whole in zip(offset, extents, self.spec.shape, strict=True))
+        return Box(offset, tuple(end - at for at, end in zip(offset, ends, strict=True)))
+
+    def shard_of(self, box: Box) -> int:
+        """The shard in which a box begins."""
+        if not box.shape:
+            return 0
+        strip = (at // width for at, width in zip(box.offset[1:], self.strip, strict=True))
+        where = strip if self.split else (0 for _ in self.strip)
+        return flat_index([box.offset[0] // self.shard_rows, *where], self.file_grid)
 
     def stored_rows(self, shard: int) -> int:
         """Rows that each strip of the shard takes in its file: the last chunk is as tall as the others, a hole in the file."""
@@ -87,7 +120,16 @@ class ArrayLayout:
 
     def data_nbytes(self, shard: int) -> int:
         """Where the data of a shard ends and its index begins."""
-        return self.stored_rows(shard) * self.row_nbytes * math.prod(self.strip_grid)
+        return self.head_nbytes + self.stored_rows(shard) * self.row_nbytes * (1 if self.split else math.prod(self.strip_grid))
+
+    def chunk_box(self, chunk: Sequence[int]) -> Box:
+        """Zarr's inner chunk at this place of the array's chunk grid, padding included."""
+        return Box(tuple(at * extent for at, extent in zip(chunk, self.chunk, strict=True)), self.chunk)
+
+    def chunks(self, box: Box) -> Iterator[Box]:
+        """The inner chunks that `box` touches, in the order of Zarr's grid."""
+        for where in product(*map(_touched, box.offset, box.end, self.chunk)):
+            yield self.chunk_box(where)
 
     def runs(self, box: Box) -> list[Run]:
         """The contiguous byte ranges that hold `box`, in the order of the box's own bytes where that is possible."""
@@ -96,15 +138,15 @@ class ArrayLayout:
         if not self.spec.shape:
             return [Run(box, self.file(0), 0, box)]
         first, last = box.offset[0] // self.shard_rows, (box.end[0] - 1) // self.shard_rows
-        return [run for shard in range(first, last + 1) for run in self._runs_in_shard(box, shard)]
+        return [run for row in range(first, last + 1) for run in self._runs_in_rows(box, row)]
 
-    def _runs_in_shard(self, box: Box, shard: int) -> Iterator[Run]:
-        rows = self.shard_box(shard)
-        strip_nbytes = self.stored_rows(shard) * self.row_nbytes
+    def _runs_in_rows(self, box: Box, row: int) -> Iterator[Run]:
         for where in product(*map(_touched, box.offset[1:], box.end[1:], self.strip)):
+            shard = flat_index((row, *(where if self.split else (0,) * len(where))), self.file_grid)
+            rows, strip_nbytes = self.shard_box(shard), self.stored_rows(shard) * self.row_nbytes
             corner = tuple(index * width for index, width in zip(where, self.strip, strict=True))
             strip = Box((rows.offset[0], *corner), (rows.shape[0], *self.strip))
-            base = flat_index(where, self.strip_grid) * strip_nbytes
+            base = self.head_nbytes + (0 if self.split else flat_index(where, self.strip_grid) * strip_nbytes)
             common = box.intersect(strip)
             assert common is not None
             for held in contiguous_parts(self._padded(common, strip), strip):
@@ -132,6 +174,42 @@ def choose_layout(spec: ArraySpec, boxes: Iterable[Box]) -> ArrayLayout:
     if rows * row_nbytes > MAX_SHARD_NBYTES:
         rows = tall * max(1, MAX_SHARD_NBYTES // (tall * row_nbytes))
     return ArrayLayout(spec, strip, chunk, rows)
+
+
+def choose_split_layout(spec: ArraySpec, boxes: Sequence[Box], level: int | None = None) -> ArrayLayout | None:
+    """The layout in which each of `boxes` is one file or several; None where the boxes form no regular grid.
+
+    A box that is compressed has to be cut at its own edges; arrays that are small, or in one piece, are no trouble at all.
+    """
+    if not spec.nbytes or not spec.shape:
+        return replace(choose_layout(spec, boxes), level=level)
+    steps = [_step(extent, boxes, dim) for dim, extent in enumerate(spec.shape)]
+    files = math.prod(-(-extent // step) for extent, step in zip(spec.shape, steps, strict=True))
+    if files > FILES_PER_BOX * len(boxes):
+        return None
+    rows, strip = steps[0], tuple(steps[1:])
+    if files == 1:
+        chunk = _chunk(rows, strip, ITEMSIZE[spec.dtype])
+        return ArrayLayout(spec, strip, chunk, -(-rows // chunk[0]) * chunk[0], level=level)
+    chunk = _chunk_within(rows, strip, ITEMSIZE[spec.dtype])
+    layout = ArrayLayout(spec, strip, chunk, rows, level=level)
+    return replace(layout, split=math.prod(layout.strip_grid) > 1)
+
+
+def _step(extent: int, boxes: Iterable[Box], dim: int) -> int:
+    """The widest step along one dimension that meets every edge inside the array."""
+    edges = {edge for box in boxes if box.size for edge in (box.offset[dim], box.end[dim])}
+    return math.gcd(*(edges - {0, extent})) or extent
+
+
+def _chunk_within(rows: int, strip: Shape, itemsize: int) -> Shape:
+    """As `_chunk`, where the rows of a file are given: a chunk has to divide them."""
+    row_nbytes = math.prod(strip) * itemsize
+    if row_nbytes > MAX_CHUNK_NBYTES:
+        return (1, *_cut_row(strip, itemsize))
+    if rows * row_nbytes <= MAX_CHUNK_NBYTES:
+        return (rows, *strip)
+    return (min(_divisors(rows), key=lambda tall: abs(math.log(tall * row_nbytes / GOOD_CHUNK_NBYTES))), *strip)
 
 
 def _strip(spec: ArraySpec, boxes: Iterable[Box]) -> Shape:
@@ -204,6 +282,14 @@ def flat_index(where: Sequence[int], shape: Sequence[int]) -> int:
 def flat_offset(box: Box, within: Box) -> int:
     """Elements before the first one of `box` in a row-major buffer that holds `within`."""
     return flat_index([a - b for a, b in zip(box.offset, within.offset, strict=True)], within.shape)
+
+
+def unflat_index(index: int, shape: Sequence[int]) -> Shape:
+    where: list[int] = []
+    for extent in reversed(shape):
+        index, at = divmod(index, extent)
+        where.append(at)
+    return tuple(reversed(where))
 
 
 def _touched(start: int, end: int, width: int) -> range:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from holdfast.arrays import Shape
-from holdfast.ckpt.reshard import LocalArray
+from holdfast.ckpt.cuts import LocalArray
 from holdfast.errors import CorruptData
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
@@ -52,7 +52,7 @@ def _tensor(sparse: str, local: LocalArray) -> torch.Tensor:
     dtype = getattr(torch, local.dtype)
     size = math.prod(local.shape)
     flat = torch.from_file(sparse, shared=True, size=size, dtype=dtype) if size else torch.empty(0, dtype=dtype)
-    return flat.reshape(local.shape)
+    return flat.reshape(local.tensor_shape)
 
 
 def _parts(local: LocalArray) -> list[Any]:

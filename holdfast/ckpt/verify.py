@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,10 +13,12 @@ import numpy as np
 
 from holdfast.arrays import Box
 from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
+from holdfast.ckpt.dual import can_be_dual, head
 from holdfast.ckpt.manifest import StoredRun, read_document
+from holdfast.ckpt.storage import REMOTE_THREADS, OpenFile, is_remote
 from holdfast.ckpt.strips import ArrayLayout
 from holdfast.ckpt.views import run_bytes
-from holdfast.ckpt.zarrdoc import array_document, group_document, groups, shard_index
+from holdfast.ckpt.zarrdoc import array_document, group_document, groups, packed_index, shard_index
 from holdfast.errors import HoldfastError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Damage:
 
     def __str__(self) -> str:
         rows = f" rows {self.offset[0]}..{self.offset[0] + self.shape[0]}" if self.offset else ""
-        return f"{self.array}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
+        return f"{self.array or self.file}{rows}: {self.what} ({self.file}+{self.byte_offset}, {self.nbytes} bytes)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ def verify(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
     damages: list[Damage] = []
     pending: deque[tuple[int, Future[list[Damage]]]] = deque()
     checked = 0
+    threads = max(threads, REMOTE_THREADS) if is_remote(checkpoint.path) else threads
     with ThreadPoolExecutor(threads, "holdfast-verify") as pool:
         for run, start, stop in _parts(checkpoint):
             pending.append((stop - start, pool.submit(_check_part, checkpoint, run, start, stop)))
@@ -75,6 +77,17 @@ def verify(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None
         damage for name in groups(checkpoint.layouts) if (damage := _check_document(checkpoint, name, group_document()))
     ]
     return VerifyReport(str(checkpoint.path), checkpoint.step, len(checkpoint.layouts), checked, damages)
+
+
+def verify_array(checkpoint: Checkpoint, name: str, progress: Callable[[int], None] | None = None) -> Iterator[Damage]:
+    """Every byte of one array and of what stands around it in its files."""
+    for run in checkpoint.runs(name):
+        for start in range(0, run.nbytes, READ_NBYTES):
+            stop = min(start + READ_NBYTES, run.nbytes)
+            yield from _check_part(checkpoint, run, start, stop)
+            if progress is not None:
+                progress(stop - start)
+    yield from _check_frame(checkpoint, name)
 
 
 def _parts(checkpoint: Checkpoint) -> Iterator[tuple[StoredRun, int, int]]:
@@ -98,8 +111,8 @@ def _check_part(checkpoint: Checkpoint, run: StoredRun, start: int, stop: int) -
     """The damaged stretches of one part of a run, neighbouring blocks joined."""
     data = memoryview(bytearray(stop - start))
     try:
-        with checkpoint.open_file(run.run.file) as fd:
-            got = _read_fully(fd, data, run.run.byte_offset + start)
+        with checkpoint.open_file(run.run.file) as file:
+            got = _read_fully(file, data, run.run.byte_offset + start)
     except HoldfastError as error:
         return [_damage(checkpoint, run, start, stop, str(error))]
     if got < len(data):
@@ -120,9 +133,9 @@ def _check_part(checkpoint: Checkpoint, run: StoredRun, start: int, stop: int) -
     ]
 
 
-def _read_fully(fd: int, data: memoryview, at: int) -> int:
+def _read_fully(file: OpenFile, data: memoryview, at: int) -> int:
     done = 0
-    while done < len(data) and (got := os.preadv(fd, [data[done:]], at + done)):
+    while done < len(data) and (got := file.read_into([data[done:]], at + done)):
         done += got
     return done
 
@@ -146,6 +159,8 @@ def _check_frame(checkpoint: Checkpoint, name: str) -> Iterator[Damage]:
         damage = _check_shard(checkpoint, layout, shard)
         if damage is not None:
             yield damage
+    if layout.head_nbytes:
+        yield from _check_head(checkpoint, layout)
     if name in checkpoint.small:
         yield from _check_small(checkpoint, layout)
 
@@ -163,13 +178,12 @@ def _check_document(checkpoint: Checkpoint, name: str, expected: dict[str, Any])
 
 
 def _check_shard(checkpoint: Checkpoint, layout: ArrayLayout, shard: int) -> Damage | None:
-    expected = b"" if layout.is_plain else shard_index(layout, shard)
-    begins = layout.data_nbytes(shard)
+    expected, begins = shard_end(layout, shard, checkpoint.runs(layout.spec.name))
     found = memoryview(bytearray(len(expected)))
     try:
-        with checkpoint.open_file(layout.file(shard)) as fd:
-            size = os.fstat(fd).st_size
-            _read_fully(fd, found, begins)
+        with checkpoint.open_file(layout.file(shard)) as file:
+            size = file.size()
+            _read_fully(file, found, min(begins, size))
     except HoldfastError:
         return None  # a missing file has been listed with its data
     whole = Box.whole(layout.spec.shape)
@@ -181,6 +195,34 @@ def _check_shard(checkpoint: Checkpoint, layout: ArrayLayout, shard: int) -> Dam
             layout.spec.name, layout.file(shard), begins, len(expected), whole.offset, whole.shape, "the shard index is damaged"
         )
     return None
+
+
+def shard_end(layout: ArrayLayout, shard: int, runs: Iterable[StoredRun]) -> tuple[bytes, int]:
+    """The index of a shard's file, and the byte at which it has to begin."""
+    if not layout.is_packed:
+        return (b"" if layout.is_plain else shard_index(layout, shard)), layout.data_nbytes(shard)
+    held = [run for run in runs if run.run.file == layout.file(shard)]
+    begins = max((run.run.byte_offset + run.nbytes for run in held), default=0)
+    chunks = ((run.run.held, run.run.byte_offset, run.nbytes) for run in held)
+    return (b"" if layout.is_plain else packed_index(layout, shard, chunks)), begins
+
+
+def _check_head(checkpoint: Checkpoint, layout: ArrayLayout) -> Iterator[Damage]:
+    """The safetensors header in front of a shard that is both."""
+    if not can_be_dual(layout) or len(expected := head(layout)) != layout.head_nbytes:
+        what = "the array says that a header stands in front of it, which none can"
+        yield Damage(layout.spec.name, f"{layout.spec.name}/zarr.json", 0, 0, (), (), what)
+        return
+    try:
+        found = memoryview(bytearray(len(expected)))
+        with checkpoint.open_file(layout.file(0)) as fd:
+            _read_fully(fd, found, 0)
+    except HoldfastError:
+        return  # a missing file has been listed with its data
+    if found != expected:
+        whole = Box.whole(layout.spec.shape)
+        what = "the safetensors header is damaged"
+        yield Damage(layout.spec.name, layout.file(0), 0, len(expected), whole.offset, whole.shape, what)
 
 
 def _check_small(checkpoint: Checkpoint, layout: ArrayLayout) -> Iterator[Damage]:

@@ -281,7 +281,7 @@ def _go_on_elsewhere(stage: Stage, settings: DemoSettings, reference: Log) -> Ch
         step=info.step,
         path=str(info.path),
         nbytes=info.nbytes,
-        seconds=round(_writing_s(info.path), 3),
+        seconds=round(_writing_s(Path(str(info.path))), 3),
         verified=verdict.is_whole,
         verify_seconds=round(verified - began, 3),
         restored_ranks=ranks,

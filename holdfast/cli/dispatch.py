@@ -28,10 +28,12 @@ VERBS = {
     "verify": "read and check every byte of a checkpoint",
     "diff": "which arrays and rows differ between two checkpoints",
     "restore": "cut a checkpoint for a mesh, as files to load",
-    "convert": "to and from safetensors, DCP and torch files",
-    "repair": "put damaged bytes right from a replica",
+    "convert": "to and from safetensors, DCP, DeepSpeed, Megatron and torch files",
+    "repair": "put damaged bytes right, from parity or a replica",
+    "parity": "write parity beside a step, to repair it from",
     "prune": "remove old checkpoints, by a rule",
     "report": "what happened to a run, incident by incident",
+    "audit": "was every sample used exactly once?",
     "doctor": "look at this machine the way holdfast does",
 }
 """Every verb and its one line; a verb whose module `holdfast.cli.<verb>` is not there is not offered."""

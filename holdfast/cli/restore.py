@@ -1,11 +1,11 @@
 """Cut a checkpoint for a mesh, and write it as files that a job can load.
 
-  holdfast restore runs/exp1 --mesh dp=2 --out /tmp/two
+  holdfast restore runs/exp1 --mesh dp=2 --out two
   holdfast restore runs/exp1@1200 --mesh dp=2,tp=4 --out out --format safetensors
   holdfast restore runs/exp1 --mesh pp=4,dp=8 --out out --rules megatron.toml --dry-run
 
 Axes of a mesh: dp (cut by rows, as FSDP2 does), ddp (copies), tp, ep, pp. Formats: torch (rank-00000.pt …, for
-torch.load(weights_only=True)), safetensors, universal. Every byte is checked on the way; OUT appears whole or not at all.
+torch.load(weights_only=True)), safetensors, universal, dcp. Every byte is checked on the way; OUT appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.restore import FORMATS, Restored, restore
 from holdfast.ckpt.rules import load_rules
 from holdfast.ckpt.stream import DEFAULT_MEMORY_NBYTES
-from holdfast.cli.talk import add_json, add_path, parse_size, print_json, progress, say, size, table
+from holdfast.cli.talk import add_json, add_path, parse_size, print_json, progress, say, size, table, vars_of
 
 SHOWN = 16
 
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     mesh = Mesh.parse(arguments.mesh)
     rules = load_rules(arguments.rules) if arguments.rules else None
     checkpoint = open_checkpoint(arguments.path)
-    with progress(f"restoring step {checkpoint.step}", checkpoint.nbytes * mesh.size("ddp")) as advance:
+    with progress(f"restoring step {checkpoint.step}", checkpoint.nbytes) as advance:
         restored = restore(
             checkpoint,
             mesh,
@@ -52,7 +52,9 @@ def run(arguments: argparse.Namespace) -> int:
             progress=advance,
         )
     if arguments.json:
-        print_json(restored)
+        print_json(
+            {**vars_of(restored), "read_amplification": restored.read_amplification, "estimated_s": restored.estimated_s}
+        )
     else:
         _print(restored)
     return 0
@@ -69,3 +71,14 @@ def _print(restored: Restored) -> None:
         f"({restored.read_amplification:.2f}×) with at most {size(restored.memory_nbytes)} of buffers"
         + ("" if restored.dry_run else f", in {restored.seconds:.1f} s")
     )
+    if restored.estimated_s is not None and restored.read_nbytes_per_s is not None:
+        say(
+            f"reading would take {_duration(restored.estimated_s)} at {size(restored.read_nbytes_per_s)}/s, measured just now on a "
+            "little of it (what is in the page cache reads faster than the disk)"
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "less than a second"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -27,12 +27,21 @@ def add_path(parser: argparse.ArgumentParser, name: str = "path", about: str = "
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, default=_plain, indent=1))
+    print(json.dumps(value, default=plain, indent=1))
 
 
-def _plain(value: Any) -> Any:
+def vars_of(value: Any) -> dict[str, Any]:
+    """A dataclass's fields by name."""
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+
+
+def plain(value: Any) -> Any:
+    from holdfast.ckpt.storage import RemotePath  # a verb that prints one has loaded it
+
+    if isinstance(value, RemotePath):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return vars_of(value)
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
 from holdfast.coding.layout import RotatingLayout
@@ -52,14 +53,22 @@ def form_groups(labels: Sequence[Hashable], size: int, parity: int) -> tuple[Gro
     domains: dict[Hashable, list[int]] = defaultdict(list)
     for node, label in enumerate(labels):
         domains[label].append(node)
+    # Groups with room, the emptiest first; those that have a node of the present domain already wait until all others have one.
+    open_groups = [(-free, group) for group, free in enumerate(room)]
+    heapify(open_groups)
     for domain in sorted(domains.values(), key=len, reverse=True):
-        taken = [0] * len(room)  # how many nodes of this domain each group has
+        served: list[tuple[int, int]] = []
         for node in domain:
-            open_groups = (g for g in range(len(room)) if room[g])
-            group = min(open_groups, key=lambda g: (taken[g], -room[g], g))
+            if not open_groups:
+                open_groups, served = served, []
+                heapify(open_groups)
+            _, group = heappop(open_groups)
             members[group].append(node)
-            taken[group] += 1
             room[group] -= 1
+            if room[group]:
+                served.append((-room[group], group))
+        for item in served:
+            heappush(open_groups, item)
     return tuple(_group(sorted(nodes), labels, parity) for nodes in members)
 
 

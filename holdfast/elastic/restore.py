@@ -1,14 +1,14 @@
-"""The recovery ladder: from which source a starting run gets its newest state back, tried from the newest to the last.
+"""The recovery ladder, climbed: from which source a starting run gets its state back, and what to do when that source fails.
 
-Own keeper → parity → older slot → universal checkpoint. A source that turns out damaged is distrusted and the next one is
-taken; nothing that failed a check is ever left in the state that training goes on from.
+`ladder.py` decides the order; here it is carried out by all ranks alike. A source that turns out damaged is distrusted and the next
+one is taken; nothing that failed a check is ever left in the state that training goes on from.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,25 @@ import torch
 
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
+from holdfast.ckpt.storage import Place, place
+from holdfast.elastic.incidents import read_incidents
+from holdfast.elastic.journal import pace
+from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
 from holdfast.elastic.team import Outcome, Team
-from holdfast.errors import ClusterError, ConfigError, SnapshotLost
+from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
 from holdfast.snapshot.client import connect
-from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotSource, Survey, plan_restore, stored_name
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
+from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
 logger = logging.getLogger(__name__)
 
 Lap = Callable[[str], None]
+
+CHECKPOINTS_TRIED = 3
+"""How many checkpoints are looked at before a start gives up; more damaged ones in a row mean that storage itself is ill."""
+
+_DAMAGED = ("CorruptData", "MissingData", "UnsupportedFormat", "NotACheckpoint")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,8 @@ class Recovery:
     seconds: float = 0.0
     phases: Mapping[str, float] | None = None
     notes: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
+    """The rungs there were to choose from, best first, with their prices."""
 
     def timed(self, seconds: float, phases: Mapping[str, float]) -> Recovery:
         return replace(self, seconds=seconds, phases=dict(phases))
@@ -52,53 +64,90 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity."""
+    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity. `checkpoint` is the
+    newest step that is a checkpoint, or 0."""
 
     step: int = 0
     index: int = 1
     protected: bool = True
     in_memory: bool = False
     recovery: Recovery | None = None
+    checkpoint: int = 0
 
 
 def newest(
-    state: TrackedState, team: Team, sources: Mapping[int, Path], host: str, checkpoints: str | None, lap: Lap
+    state: TrackedState,
+    team: Team,
+    sources: Mapping[int, Path],
+    host: str,
+    checkpoints: str | None,
+    lap: Lap,
+    records: Path | None = None,
 ) -> Restored:
     """Restore the newest step that any source still has, on all ranks alike.
 
-    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity. Raises
-    SnapshotLost when snapshots exist, none of them can be restored and no checkpoint is left.
+    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity; `records` is
+    where earlier recoveries of this run wrote down what they cost. Raises SnapshotLost when snapshots exist, none of them can be
+    restored and no checkpoint is left.
     """
     surveys = _survey(team, sources)
-    looked = team.all(lambda: _newest_checkpoint(checkpoints) if team.rank == 0 else None)[0]
-    stored, notes = looked["step"], list(looked["problems"])
+    known = _Known.from_json(team.all(lambda: _look(checkpoints, records).to_json() if team.rank == 0 else None)[0])
     lap("survey")
+    notes, failed = list(known.problems), set[int]()
     distrusted: Distrusted = frozenset()
+    best: int | None = None
     while True:
-        plan, reasons = plan_restore(surveys, distrusted)
+        plans, reasons = _plans(surveys, distrusted)
         notes += [reason for reason in reasons if reason not in notes]
-        if plan is None or (stored is not None and stored > plan.step):
+        best = max((plan.step for plan in plans), default=0) if best is None else best
+        offers = {_offer(plan, best): plan for plan in plans}
+        stored = [Offer(Rung.CHECKPOINT, step) for step in known.stored if step not in failed][:1]
+        choices = plan_ladder([*offers, *stored], known.prices)
+        if not choices:
             break
+        chosen, why = choices[0].offer, tuple(choice.why for choice in choices)
+        if chosen.rung is Rung.CHECKPOINT:
+            assert checkpoints is not None
+            problem = _try_checkpoint(state, team, checkpoints, chosen.step)
+            lap("checkpoint")
+            if not problem:
+                recovery = Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
+                return Restored(step=chosen.step, recovery=recovery, checkpoint=chosen.step)
+            notes.append(problem)
+            failed.add(chosen.step)
+            continue
+        plan = offers[chosen]
         outcomes = _from_memory(state, team, plan, surveys, sources, host, lap)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
-            _raise_first(outcomes)
-            return _restored_from(plan, surveys, team, notes)
+            raise_first(outcomes)
+            restored = _restored_from(plan, chosen.rung, surveys, team, notes, why)
+            return replace(restored, checkpoint=max(known.stored, default=0))
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
         surveys = _survey(team, sources)
-    if stored is not None:
-        assert checkpoints is not None
-        team.all(lambda: _from_checkpoint(state, team.rank, checkpoints, stored))
-        lap("load")
-        return Restored(step=stored, recovery=Recovery("checkpoint", "universal checkpoint", stored, notes=tuple(notes)))
     if notes:
         raise SnapshotLost(
             f"snapshots exist and none can be restored: {'; '.join(notes)}. There is no checkpoint to fall back to. Bring a lost "
             "node back with its memory, or start anew under another name (protect(name=…)) or after `holdfast down`"
         )
     return Restored()
+
+
+def _plans(surveys: list[Survey], distrusted: Distrusted) -> tuple[list[RestorePlan], list[str]]:
+    """The newest step that memory can give back, and the one below it; and why newer ones cannot."""
+    plan, reasons = plan_restore(surveys, distrusted)
+    if plan is None:
+        return [], reasons
+    older, _ = plan_restore(surveys, distrusted | {(survey.member.node, plan.step) for survey in surveys})
+    return [plan, *([older] if older is not None and older.step < plan.step else [])], reasons
+
+
+def _offer(plan: RestorePlan, best: int) -> Offer:
+    if plan.step < best:
+        return Offer(Rung.OLDER, plan.step)
+    return Offer(Rung.PARITY if plan.rebuilds else Rung.OWN, plan.step)
 
 
 # -- looking -------------------------------------------------------------------------------------------------------------
@@ -120,26 +169,58 @@ def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
         connection.close()
 
 
-def _newest_checkpoint(checkpoints: str | None) -> dict[str, Any]:
-    """The newest sound step, and a line for every newer one that is not."""
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What rank 0 knows for all: sound checkpoints (newest first), what is wrong with newer ones, and what recoveries cost."""
+
+    stored: tuple[int, ...]
+    problems: tuple[str, ...]
+    prices: Prices
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> _Known:
+        return cls(tuple(fields["stored"]), tuple(fields["problems"]), Prices(**fields["prices"]))
+
+
+def _look(checkpoints: str | None, records: Path | None) -> _Known:
+    stored: list[int] = []
     problems: list[str] = []
-    if checkpoints is not None:
-        for info in reversed(ckpt.list_steps(_directory(checkpoints))):
-            if ckpt.is_sound(info):
-                return {"step": info.step, "problems": problems}
+    where = None if checkpoints is None else _directory(checkpoints)
+    # A store has no prefix before the first save.
+    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
+        if ckpt.is_sound(info):
+            stored.append(info.step)
+        elif not stored:
             problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
-    return {"step": None, "problems": problems}
+        if len(stored) == CHECKPOINTS_TRIED:
+            break
+    return _Known(tuple(stored), tuple(problems), _prices(records))
 
 
-def _directory(checkpoints: str) -> Path:
-    """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
-    if "://" in checkpoints:
-        raise ConfigError(f"checkpoints={checkpoints!r}: this release writes to directories; mount the bucket, or give a path")
+def _prices(records: Path | None) -> Prices:
+    """From the journals and incidents of this run; they are advice, so damaged ones cost the advice and nothing else."""
+    if records is None:
+        return Prices()
     try:
-        Path(checkpoints).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
-    return Path(checkpoints)
+        step_s, reached = pace(records)
+        return measured_prices(read_incidents(records), step_s=step_s, reached_step=reached)
+    except (HoldfastError, OSError) as error:
+        logger.warning("what earlier recoveries cost cannot be read (%s); assumed prices are used", error)
+        return Prices()
+
+
+def _directory(checkpoints: str) -> Place:
+    """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
+    where = place(checkpoints)
+    if isinstance(where, Path):
+        try:
+            where.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"checkpoints={checkpoints!r} cannot be a directory: {error.strerror}") from error
+    return where
 
 
 # -- from memory ---------------------------------------------------------------------------------------------------------
@@ -157,10 +238,16 @@ def _from_memory(
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
                 fields = {"group": item.group.to_json(), "lost": item.lost}
                 whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                for node, names in answer.get("damaged", {}).items():
+                    raise DamagedSlot(
+                        int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
+                    )
 
-    team.all(rebuild)
+    rebuilt = team.attempt(rebuild)
     lap("rebuild")
+    if any(outcome.error for outcome in rebuilt):
+        return rebuilt
     tables, objects = _tables(team, plan, sources)
 
     def load() -> None:
@@ -198,25 +285,38 @@ def _tables(team: Team, plan: RestorePlan, sources: Mapping[int, Path]) -> tuple
     return FragmentTable.concat(tables), objects
 
 
-def _restored_from(plan: RestorePlan, surveys: list[Survey], team: Team, notes: list[str]) -> Restored:
+def _restored_from(
+    plan: RestorePlan, rung: Rung, surveys: list[Survey], team: Team, notes: list[str], choice: tuple[str, ...]
+) -> Restored:
     rebuilt = [item for item in plan.rebuilds if item.host == item.lost]
     moved = len(plan.rebuilds) > len(rebuilt)
     same_world = plan.world == team.world
     kind = "node" if plan.rebuilds else "trainer"
-    rung = "parity" if plan.rebuilds else "own keeper"
-    recovery = Recovery(kind, rung, plan.step, notes=tuple(notes))
+    recovery = Recovery(kind, rung, plan.step, notes=tuple(notes), choice=choice)
     # A step that is whole and has no parity yet gets it before the next snapshot; after a change of layout the next one does.
     protected = plan.protected or moved or not same_world
     return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
 
 
-def _raise_first(outcomes: list[Outcome]) -> None:
+def raise_first(outcomes: list[Outcome]) -> None:
+    """Raise for the first rank whose part failed, on all ranks alike."""
     for rank, outcome in enumerate(outcomes):
         if outcome.error:
             raise ClusterError(f"rank {rank} could not restore: {outcome.error}: {outcome.message}")
 
 
 # -- from a checkpoint -----------------------------------------------------------------------------------------------------
+
+
+def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int) -> str:
+    """Load it on all ranks; what was wrong with it, or nothing. Errors that another checkpoint would not cure are raised."""
+    outcomes = team.attempt(lambda: _from_checkpoint(state, team.rank, checkpoints, step))
+    damaged = [outcome.message for outcome in outcomes if outcome.error in _DAMAGED]
+    if damaged:
+        logger.warning("the checkpoint of step %d cannot be used: %s", step, damaged[0])
+        return f"the checkpoint of step {step} cannot be used: {damaged[0]}"
+    team.settle(outcomes)
+    return ""
 
 
 def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int) -> None:

@@ -12,27 +12,47 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from holdfast.elastic import restore
-from holdfast.elastic.restore import Recovery, Restored, ask_once
+from holdfast.elastic import guards, restore
+from holdfast.elastic.chronicle import Chronicle
+from holdfast.elastic.inplace import InPlace, Step, in_place, reset
+from holdfast.elastic.journal import records_of
+from holdfast.elastic.post import RestartNeeded
+from holdfast.elastic.preemption import Preemption
+from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
 from holdfast.elastic.team import Team
+from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
-from holdfast.errors import ConfigError, HoldfastError, KeeperUnreachable, LayoutMismatch, StateError
+from holdfast.errors import (
+    CheckpointFailed,
+    ClusterError,
+    ConfigError,
+    HoldfastError,
+    KeeperUnreachable,
+    LayoutMismatch,
+    StaleEpoch,
+    StateError,
+)
 from holdfast.events import arm_from_text, emit
 from holdfast.redundancy import Redundancy
 from holdfast.snapshot.capture import Capturer, Stats
-from holdfast.snapshot.client import Endpoint, Link, connect
-from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory
+from holdfast.snapshot.capture_plan import plan_capture
+from holdfast.snapshot.client import Endpoint, Link
+from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, revive_keeper
 from holdfast.snapshot.fence import Fence
-from holdfast.snapshot.plan import plan_capture
+from holdfast.snapshot.lifeline import Lifeline
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.view import Member, View, effective_parity
 
 logger = logging.getLogger(__name__)
+
+JOIN_TRIES = 5
 
 LEAVING_TIMEOUT_S = 1800.0
 """How long leaving waits for the last step to be committed and written before it says so and goes."""
@@ -49,6 +69,8 @@ class Settings:
     checkpoint_every: int
     name: str | None
     memory_dir: str | None
+    on_nan: str
+    grace_s: float = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +130,13 @@ class Run:
         self.step = 0
         self.recovery: Recovery | None = None
         self._capturer: Capturer | None = None
-        self._hooks: list[Fence] = []
-        self._staleness = _Staleness(self.name)
+        self._lifeline: Lifeline | None = None
+        self._held = ExitStack()
+        self._in_place: InPlace | None = None
+        self._begun = False
+        self._staleness = guards.Staleness(self.name)
+        self._witness: Witness | None = None
+        self._chronicle: Chronicle | None = None
 
     @property
     def stats(self) -> Stats:
@@ -123,7 +150,30 @@ class Run:
     # -- entering --
 
     def __enter__(self) -> Self:
-        started = time.perf_counter()
+        self._in_place = in_place()
+        if self._in_place is None:
+            self._enter()
+        else:
+            self._in_place.enter(self._enter)
+        return self
+
+    def recover_in_place(self, error: BaseException | None) -> bool:
+        """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
+        if self._in_place is None or not self._in_place.is_due(error):
+            return False
+        if self._chronicle is not None:
+            self._chronicle.close(self.step, error or InterruptedError("another rank died"))
+            self._chronicle = None
+        self._in_place.recover(error, self._enter_again)
+        return True
+
+    def _enter_again(self) -> None:
+        reset(self._tracked.modules.values(), self._tracked.optimizers.values())
+        self._enter()
+
+    def _enter(self) -> None:
+        self._held.close()  # of an attempt that somebody's death has ended
+        started, entered_s = time.perf_counter(), time.time()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
@@ -133,28 +183,55 @@ class Run:
         place = self._find_place(team, env, memory)
         clock.lap("agree")
         nodes = [*place.nodes_here, *place.guests]
-        starting = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
-        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)  # type: ignore[arg-type]
+        starting: dict[str, Any] = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
+        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)
         own = node_memory(memory, self.name, place.node)
         clock.lap("keepers")
         sources = {place.node: own} if place.leads_node else {}
         sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
         host = Endpoint.read(own).member.host
-        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap)
+        records = records_of(self._settings.checkpoints, self.name)
+        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap, records)
+        if restored.recovery is None and any(team.all(lambda: self._begun)):
+            raise RestartNeeded("no step has been committed yet, and this process has begun one")
         link = team_link(team, own, env, self._room_needed(team))
-        self._join(team, place, own, restored, [Endpoint.read(sources[node]).member for node in place.guests])
+        self._held.callback(link.close)
+        guests = [Endpoint.read(sources[node]).member for node in place.guests]
+        if not any(self._join(team, place, own, restored, guests) for _ in range(JOIN_TRIES)):
+            raise ClusterError(
+                f"the keepers of {self.name} could not enter an epoch together in {JOIN_TRIES} attempts; start again"
+            )
         clock.lap("join")
+        revive = partial(revive_keeper, self.name, place.node, memory, **starting)
+        self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
+        self._held.callback(self._lifeline.close)
         self._start(link, team.rank, restored)
+        self._witness = Witness.summoned(os.environ, team.rank)
+        if self._witness is not None:
+            rung = restored.recovery.rung if restored.recovery else None
+            self._witness.started(self.step, rung, link.page["epoch"], self._tracked)
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
-        return self
+        self._chronicle = Chronicle.open(
+            team,
+            job=self.name,
+            checkpoints=self._settings.checkpoints,
+            objects=self._tracked.objects,
+            step=self.step,
+            entered_s=entered_s,
+            in_place=self._in_place is not None and restored.recovery is not None,
+            recovery=self.recovery,
+            phases=clock.laps,
+        )
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
         arrays = {
             item.name: [item.placement.spec.dtype, list(item.placement.spec.shape), list(item.placement.expected)]
             for item in self._tracked.held()
+            # A spare has not made its optimizer's state yet; what it has to be, the snapshot says.
+            if self._in_place is None or item.name.split("/")[0] not in self._tracked.optimizers
         }
         mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
         text = json.dumps(mine, sort_keys=True).encode()
@@ -183,8 +260,11 @@ class Run:
             nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).room_nbytes
         return nbytes
 
-    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> None:
-        """All keepers enter the same new epoch; from here on the dead of the last one are refused."""
+    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> bool:
+        """All keepers enter the same new epoch; from here on the dead of the last one are refused.
+
+        False when keepers were regrouping at this moment and have gone further than the epoch that was to be entered.
+        """
 
         def describe() -> dict[str, Any]:
             found = Endpoint.read(memory).member
@@ -213,6 +293,8 @@ class Run:
             index=restored.index,
             protected=restored.protected,
             in_memory=restored.in_memory,
+            spilled=restored.checkpoint,
+            grace_s=self._settings.grace_s,
             guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
@@ -222,6 +304,16 @@ class Run:
                 redundancy.parity,
             )
 
+        if team.rank == 0 and any(member.domain for member in view.members):
+            for group in view.groups():
+                if not group.survives_domain:
+                    logger.warning(
+                        "nodes %s protect each other and up to %d of them share a failure domain; parity covers %d",
+                        list(group.nodes),
+                        group.crowding,
+                        group.layout.m,
+                    )
+
         def enter() -> None:
             if place.leads_node:
                 ask_once(memory, "join", view=view.to_json())
@@ -230,16 +322,26 @@ class Run:
             if place.leads_node and place.node == view.coordinator:
                 ask_once(memory, "begin")
 
-        team.all(enter)
+        outcomes = team.attempt(enter)
+        if any(outcome.error == StaleEpoch.__name__ for outcome in outcomes):
+            return False
+        raise_first(outcomes)
         team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
+        return True
 
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
         link.page["completed"] = self.step
+        guards.watch_parameters(link, self._tracked, self._settings.on_nan)
+        stats = self.stats
         self._capturer = capturer = Capturer(self._tracked, link, rank)
-        self._hooks = [
-            Fence(optimizer, capturer.fence, lambda: capturer.is_copying) for optimizer in self._tracked.optimizers.values()
-        ]
+        capturer.stats = stats  # they count over recoveries in place
+        self._held.callback(capturer.close)
+        self._held.callback(capturer.settle)
+        for optimizer in self._tracked.optimizers.values():
+            self._held.callback(Fence(optimizer, capturer.fence, lambda: capturer.is_copying).remove)
+        if self._settings.checkpoints is not None and self._settings.grace_s > 0:
+            self._held.callback(Preemption(partial(link.terminated, self._settings.grace_s), self._settings.grace_s).close)
 
     def _report(self, team: Team) -> None:
         recovery = self.recovery
@@ -250,20 +352,37 @@ class Run:
 
     # -- training --
 
-    def steps(self, until: int) -> Iterator[int]:
-        """Yield step+1 … `until`, each noted as done when the loop asks for the next."""
+    def steps(self, until: int) -> Iterator[Step]:
+        """Yield step+1 … `until`, each noted as done when the loop asks for the next.
+
+        With `with step:` around the body, a step that was undone because another rank died is followed by the one that training
+        goes on from.
+        """
         while self.step < until:
-            yield self.step + 1
-            self.step_done()
+            self._begun = True
+            step = Step(self.step + 1, self)
+            yield step
+            if not step.is_undone:
+                self.step_done()
 
     def step_done(self) -> None:
         """Note that one more step is complete, and let it be captured. For loops that do not use `steps`."""
         capturer = self._running()
         started = time.perf_counter()
+        self._begun = True
         self.step += 1
-        capturer.step_done(self.step)
-        self._staleness.look(capturer.link.page["committed"], self.step)
+        if self._witness is not None:
+            self._witness.completed(self.step, self._tracked)
+        if self._chronicle is not None:
+            self._chronicle.step_done(self.step, capturer.stats.stall_s)
+        # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
+        capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
+        self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
+        guards.refuse_poison(capturer.link.page, self.step)
+        if self._in_place is not None:
+            self._in_place.line.completed(self.step)
         capturer.stats.stall_s += time.perf_counter() - started
+        guards.tell(capturer.link.page, capturer.stats)
 
     def _running(self) -> Capturer:
         if self._capturer is None:
@@ -277,32 +396,42 @@ class Run:
         try:
             capturer.settle()
             if kind is None:
+                if self._witness is not None:
+                    self._witness.ended(self.step)
                 self._finish(capturer)
+                if self._in_place is not None:
+                    self._in_place.leave()
         except KeeperUnreachable as problem:
             logger.error("the last snapshot of %s is not committed, its keeper is gone: %s", self.name, problem)
         finally:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
-            capturer.close()
-            capturer.link.close()
+            if self._chronicle is not None:
+                self._chronicle.close(self.step, error)
+            self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
-        """Let the last step be captured, committed and written; the keepers then give the memory back."""
-        page = capturer.link.page
-        epoch = page["epoch"]
-        capturer.link.finishing(self.step, keep=self._settings.checkpoints is not None)
-        started = asked = time.monotonic()
-        while page["stopped"] != epoch:
+        """Let the last step be captured, committed and written; the keepers then give the memory back.
+
+        Raises CheckpointFailed when the last step was to become a checkpoint and did not; the keepers then hold on to it.
+        """
+        link = capturer.link
+        link.finishing(self.step, keep=self._settings.checkpoints is not None)
+        deadline = time.monotonic() + LEAVING_TIMEOUT_S
+        while not link.is_over():
             capturer.step_done(self.step)
+            if self._in_place is not None:
+                self._in_place.check_alive()
             time.sleep(0.005)
-            now = time.monotonic()
-            if now - asked > 1:
-                asked = now
-                connect(capturer.link.memory, timeout_s=60).close()  # raises when the keeper is no longer there to answer
-            if now - started > LEAVING_TIMEOUT_S:
+            if self._lifeline is not None and self._lifeline.is_lost:
+                raise KeeperUnreachable(f"its memory {link.memory} is gone with it")
+            if time.monotonic() > deadline:
                 logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
                 return
+        if link.page["unsaved"]:
+            problem = link.ask("ending")["problem"]
+            raise CheckpointFailed(
+                f"{self.name} has ended at step {self.step} and is not saved: {problem}. Its keepers hold on to step "
+                f"{self.committed_step} in memory: clear the cause and start the run again, it goes on from there and saves it"
+            )
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------------
@@ -319,30 +448,6 @@ class _Clock:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self._last
         self._last = now
-
-
-class _Staleness:
-    """Says so, once a minute, when snapshots have stopped being committed; a gap nobody hears of costs the most."""
-
-    STEPS, SECONDS = 20, 60.0
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._committed, self._since = 0, time.monotonic()
-
-    def look(self, committed: int, step: int) -> None:
-        now = time.monotonic()
-        if committed != self._committed:
-            self._committed, self._since = committed, now
-        elif step - committed > self.STEPS and now - self._since > self.SECONDS:
-            logger.warning(
-                "%s: no snapshot has been committed since step %d, now at %d; see `holdfast status` and the keepers' logs",
-                self._name,
-                committed,
-                step,
-            )
-            emit("snapshot.stale", job=self._name, committed=committed, step=step)
-            self._since = now
 
 
 def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:

@@ -71,7 +71,10 @@ class Team:
 
     def all(self, action: Callable[[], Any]) -> list[Any]:
         """Every rank's value; when one failed, it raises its own error and the others say whose it was."""
-        outcomes = self.attempt(action)
+        return self.settle(self.attempt(action))
+
+    def settle(self, outcomes: list[Outcome]) -> list[Any]:
+        """The values of the attempt just made, or its errors raised."""
         if self._error is not None:
             raise self._error
         for rank, outcome in enumerate(outcomes):

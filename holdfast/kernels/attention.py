@@ -57,7 +57,7 @@ class _CompressedSDPA(torch.autograd.Function):
         backend: Backend,
     ) -> torch.Tensor:
         ctx.settings, ctx.backend = settings, backend
-        ctx.random_state = _random_state(query.device) if settings["dropout_p"] else None
+        ctx.random_state = random_state(query.device) if settings["dropout_p"] else None
         packed = [quantize(t, spec, backend=backend) for t, spec in zip((query, key, value), specs, strict=True)]
         # save_for_backward and not attributes: the graph frees it, and a second backward without retain_graph is an error.
         ctx.layouts = [
@@ -75,7 +75,7 @@ class _CompressedSDPA(torch.autograd.Function):
             back = dequantize(Packed(spec, shape, dtype, own[0], own[1], own[2]), backend=ctx.backend)
             tensors.append(_in_order(back, order))
         needs = ctx.needs_input_grad[:3]
-        with torch.enable_grad(), _replayed(ctx.random_state, tensors[0].device):
+        with torch.enable_grad(), replayed(ctx.random_state, tensors[0].device):
             leaves = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
             q, k, v = leaves
             out = F.scaled_dot_product_attention(q, k, v, attn_mask, **ctx.settings)
@@ -95,11 +95,12 @@ def _in_order(t: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
     return t.permute(order).contiguous().permute(back)
 
 
-def _random_state(device: torch.device) -> torch.Tensor:
+def random_state(device: torch.device) -> torch.Tensor:
+    """Of the device's default generator."""
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-class _replayed:  # noqa: N801  # used like a function
+class replayed:  # noqa: N801  # used like a function
     """The random state of forward inside, the present one again outside."""
 
     def __init__(self, state: torch.Tensor | None, device: torch.device) -> None:
@@ -108,7 +109,7 @@ class _replayed:  # noqa: N801  # used like a function
 
     def __enter__(self) -> None:
         if self._state is not None:
-            self._now = _random_state(self._device)
+            self._now = random_state(self._device)
             self._set(self._state)
 
     def __exit__(self, *_: object) -> None:

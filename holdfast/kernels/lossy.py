@@ -7,14 +7,19 @@ instead. A block that misses its bound is stored as it is.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
-from holdfast.errors import ConfigError
-from holdfast.kernels.quant import Packed, QuantSpec, dequantize, quantize
+from holdfast.errors import ConfigError, CorruptData
+from holdfast.kernels.quant import Packed, QuantSpec, dequantize, from_bytes, quantize, to_bytes
+from holdfast.kernels.quant.packed import FLOAT_DTYPES
+from holdfast.kernels.quant.wire import frame, raw_bytes, unframe
 
 _INT8_EXACT_SCALES = QuantSpec(kind="int8", scale="fp32")
+_MAGIC = b"HFLT"
+_DTYPES = {str(d).removeprefix("torch."): d for d in FLOAT_DTYPES}
 FORBIDDEN = ("rng", "step", "cursor", "scaler")
 
 
@@ -90,6 +95,45 @@ def decode_lossy(lossy: LossyTensor) -> torch.Tensor:
     blocks = _blocks(flat, block)
     blocks[lossy.raw_blocks.long()] = lossy.raw_values
     return blocks.reshape(-1)[:n].reshape(lossy.packed.shape)
+
+
+def lossy_to_bytes(lossy: LossyTensor) -> bytes:
+    """The value as a replica stores it: framed and checked like the packed tensors of `quant.wire`, magic "HFLT". The payload is
+    the packed tensor in its own frame, then the numbers of raw blocks as little-endian int32, then their values."""
+    packed, numbers, values = to_bytes(lossy.packed), raw_bytes(lossy.raw_blocks), raw_bytes(lossy.raw_values)
+    description = {
+        "bound": lossy.spec.bound,
+        "sqrt": lossy.spec.sqrt,
+        "dtype": str(lossy.raw_values.dtype).removeprefix("torch."),
+        "parts": [len(packed), len(numbers), len(values)],
+    }
+    return frame(_MAGIC, description, packed + numbers + values)
+
+
+def lossy_from_bytes(data: bytes | memoryview) -> LossyTensor:
+    """The inverse, on the CPU. Raises MissingData, CorruptData and UnsupportedFormat as `quant.from_bytes` does."""
+    description, payload = unframe(_MAGIC, data, "lossy tensor")
+    try:
+        n_packed, n_numbers, n_values = (int(n) for n in description["parts"])
+        dtype = _DTYPES[description["dtype"]]
+        packed = from_bytes(payload[:n_packed])
+        spec = LossySpec(bound=float(description["bound"]), sqrt=bool(description["sqrt"]), quant=packed.spec)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise CorruptData(f"lossy tensor: its description makes no sense: {error}") from error
+    block = packed.spec.block or 1
+    n_raw, n_blocks = n_numbers // 4, -(-math.prod(packed.shape) // block)
+    lengths = (n_packed + n_numbers + n_values, n_numbers, n_values)
+    if lengths != (len(payload), 4 * n_raw, n_raw * block * dtype.itemsize) or n_raw > n_blocks:
+        raise CorruptData(f"lossy tensor: parts {description['parts']} do not fit {n_blocks} blocks of {block}")
+    numbers = _from_raw(payload[n_packed : n_packed + n_numbers], torch.int32)
+    if bool((numbers < 0).any() or (numbers >= n_blocks).any()):
+        raise CorruptData(f"lossy tensor: raw blocks outside of 0 to {n_blocks - 1}; use a replica")
+    values = _from_raw(payload[n_packed + n_numbers :], dtype)
+    return LossyTensor(spec, packed, numbers, values.view(n_raw, block))
+
+
+def _from_raw(raw: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=torch.uint8).view(dtype) if len(raw) else torch.empty(0, dtype=dtype)
 
 
 def _decode(packed: Packed, spec: LossySpec, dtype: torch.dtype) -> torch.Tensor:

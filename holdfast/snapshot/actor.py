@@ -7,6 +7,7 @@ others goes over its own sockets.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 
 import ray
 
+from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
-from holdfast.snapshot.host import LOG_FORMAT, arm_faults, lower_priority
+from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority, on_sigterm
 
 NAMESPACE = "holdfast"
+DOMAIN_LABEL = "holdfast-domain"
+"""`ray start --labels holdfast-domain=rack-7` says which nodes fail together."""
 
 
 def actor_name(job: str, node: int) -> str:
@@ -33,7 +37,8 @@ class KeeperActor:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         lower_priority()
         arm_faults(node)
-        self._keeper = Keeper(job, node, Path(memory), bind=bind)
+        self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain(), watch_every_s=watch_every_s())
+        on_sigterm(self._keeper.preempt.told_to_end)
         threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
 
     def ready(self) -> int:
@@ -43,6 +48,14 @@ class KeeperActor:
         """When the keeper closes, this actor ends for good; an exit alone would make Ray start it again."""
         self._keeper.wait()
         ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+
+
+def _domain() -> str:
+    """The failure domain of this node: from the environment, else the label that Ray's node carries."""
+    here = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    labels = next((node.get("Labels") or {} for node in nodes if node["NodeID"] == here), {})
+    return os.environ.get(DOMAIN) or str(labels.get(DOMAIN_LABEL, ""))
 
 
 def start_keepers(address: str, job: str, nodes: list[tuple[int, str]], bind: str) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from holdfast.errors import ConfigError
@@ -14,6 +16,7 @@ from holdfast.snapshot.view import Member
 
 ENDPOINT = "keeper.json"
 SOCKET = "keeper.sock"
+LOCK = "keeper.lock"
 LOCK_PATIENCE_S = 15.0
 
 
@@ -22,7 +25,7 @@ def only_one(memory: Path) -> int:
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         memory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(memory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        fd = os.open(memory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(fd).st_nlink:  # a predecessor removes its memory, lock file and all
@@ -34,7 +37,25 @@ def only_one(memory: Path) -> int:
         time.sleep(0.05)
 
 
-def listen(path: Path, bind: str) -> tuple[list[socket.socket], int]:
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What peers know a keeper by."""
+
+    port: int
+    token: str
+
+
+def identity(memory: Path) -> Identity:
+    """A predecessor's, where one has left its address: peers find the keeper that takes its place without being told."""
+    try:
+        fields = json.loads((memory / ENDPOINT).read_text())
+        return Identity(int(fields["port"]), str(fields["token"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return Identity(0, secrets.token_hex(16))
+
+
+def listen(path: Path, bind: str, port: int = 0) -> tuple[list[socket.socket], int]:
+    """A UNIX socket at `path`, and a network socket at `port` or, where that is taken, at any other."""
     path.unlink(missing_ok=True)
     local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -47,7 +68,10 @@ def listen(path: Path, bind: str) -> tuple[list[socket.socket], int]:
     os.chmod(path, 0o600)
     network = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     network.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    network.bind((bind, 0))
+    try:
+        network.bind((bind, port))
+    except OSError:
+        network.bind((bind, 0))
     for listener in (local, network):
         listener.listen(128)
     return [local, network], int(network.getsockname()[1])

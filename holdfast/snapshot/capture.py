@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import crash_point, emit
 from holdfast.objects import encode_object
+from holdfast.snapshot.capture_plan import CapturePlan, Part, plan_capture, samples, slot_view, source_of
 from holdfast.snapshot.client import Link
 from holdfast.snapshot.device import DeviceCopies
-from holdfast.snapshot.plan import CapturePlan, Part, plan_capture, samples, slot_view, source_of
 from holdfast.snapshot.state import RNG, TrackedState, rng_states
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ class Capturer:
 
     # -- on the training thread --
 
-    def step_done(self, step: int) -> None:
-        """Note that `step` is complete, and begin a capture where the keepers have asked for this one."""
+    def step_done(self, step: int, *, ripe: bool = True) -> None:
+        """Note that `step` is complete, and begin a capture where the keepers have asked for this one; not of an unripe step."""
         page = self.link.page
         page["completed"] = step
         self._tell_pace()
@@ -103,7 +103,7 @@ class Capturer:
         self._handled = target, order
         if target < step:
             self._queue.put((target, "passed"))
-        elif not self._idle.is_set():
+        elif not ripe or not self._idle.is_set():
             self.stats.skipped += 1
             self._queue.put((target, "busy"))
         else:
@@ -115,7 +115,7 @@ class Capturer:
         """What a step takes here, and what the last snapshot took of it: the keeper chooses the interval by these."""
         now = time.perf_counter()
         self.link.page["step_us"] = int(1e6 * (now - self._done))
-        self.link.page["stall_us"] = int(1e6 * self._stall_s)
+        self.link.page["capture_us"] = int(1e6 * self._stall_s)
         self._done = now
 
     def _begin(self, step: int, index: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import os
 from collections.abc import Callable
@@ -11,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.arrays import FragmentTable
-from holdfast.errors import HoldfastError, KeeperUnreachable, MissingData
+from holdfast.errors import HoldfastError, KeeperUnreachable, MissingData, StaleEpoch
 from holdfast.snapshot.birth import ENDPOINT, SOCKET
 from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.slots import HEADER_NBYTES
 from holdfast.snapshot.view import Member
 from holdfast.snapshot.wire import Connection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,10 @@ def connect(memory: Path, *, timeout_s: float = 60.0) -> Connection:
 
 
 class Link:
-    """What one rank needs of its keeper while it trains. Not for two threads at once, but for the words of `page`."""
+    """What one rank needs of its keeper while it trains. Not for two threads at once, but for the words of `page`.
+
+    A keeper that was started again is found again with the next question. Slots and page outlive it.
+    """
 
     def __init__(self, memory: Path, rank: int, launch: str, body_nbytes: int) -> None:
         self.memory, self.rank = memory, rank
@@ -53,10 +59,12 @@ class Link:
         except HoldfastError:
             self._connection.close()
             raise
+        self._who = {"rank": rank, "attachment": answer["attachment"]}
         self.page = ControlPage(Path(answer["control"]))
         self.page["pid"] = os.getpid()
         self._bodies: dict[int, _SlotBody] = {}
         self._known_layout = ""
+        self._guard: tuple[str, bytes] | None = None
         self._closed = False
         self._committed = 0
         self.before_unmap: Callable[[memoryview], None] = lambda body: None
@@ -70,12 +78,15 @@ class Link:
         return self._committed
 
     def body(self, index: int, nbytes: int) -> memoryview:
-        """The writable body of slot `index` with room for `nbytes`; the keeper makes a larger one where it is too small."""
+        """The writable body of slot `index` with room for `nbytes`; the keeper makes a larger one where it is too small.
+
+        Raises StaleEpoch when another process has taken this one's place: its slots are not ours to write into.
+        """
         found = self._bodies.get(index)
         if found is None or not found.is_current():
             found = self._open(index)
         if len(found.body) < nbytes:
-            self._connection.ask("reserve", rank=self.rank, index=index, body_nbytes=nbytes)
+            self.ask("reserve", index=index, body_nbytes=nbytes, **self._who)
             found = self._open(index)
         return found.body
 
@@ -84,8 +95,14 @@ class Link:
         if old is not None:
             self.before_unmap(old.body)
             old.close()
-        self._bodies[index] = _SlotBody(self.memory / slot_name(self.rank, index))
-        return self._bodies[index]
+        fresh = _SlotBody(self.memory / slot_name(self.rank, index))
+        # In this order: a keeper that lets another process in replaces the page before the slots, so the slot that was just
+        # opened can only be a successor's if the page is no longer ours by now.
+        if not self.page.is_current():
+            fresh.close()
+            raise StaleEpoch(f"another process has taken the place of rank {self.rank}; this one was replaced and must stop")
+        self._bodies[index] = fresh
+        return fresh
 
     def filled(self, step: int, index: int, nbytes: int, layout: str, table: FragmentTable, objects: dict[str, str]) -> bool:
         """Hand a captured snapshot to the keeper; False when its round has been given up meanwhile."""
@@ -93,26 +110,56 @@ class Link:
             head = b"" if layout == self._known_layout else table.to_bytes()
             payload = len(head).to_bytes(8, "little") + head + json.dumps(objects).encode()
             fields: dict[str, Any] = {
-                "rank": self.rank,
                 "step": step,
                 "index": index,
                 "payload_nbytes": nbytes,
                 "layout": layout,
             }
-            answer = self._connection.ask("filled", payload, **fields)
+            answer = self.ask("filled", payload, **fields, **self._who)
             self._known_layout = "" if answer.get("table") else layout
             if not answer.get("table"):
                 return bool(answer["taken"])
         return False
 
     def give_up(self, step: int, reason: str) -> None:
-        self._connection.ask("give_up", rank=self.rank, step=step, reason=reason)
+        self.ask("give_up", step=step, reason=reason, **self._who)
+
+    def guard(self, policy: str, arrays: list[str]) -> None:
+        """Have the keeper look at these arrays for NaN and infinity in every snapshot from now on."""
+        self._guard = (policy, json.dumps(arrays).encode())
+        self.ask("guard", self._guard[1], policy=policy, **self._who)
+
+    def is_over(self) -> bool:
+        """The run has ended on all nodes, saved or not."""
+        return self._closed or (self.page["stopped"] == self.page["epoch"] != 0)
 
     def finishing(self, step: int, keep: bool) -> None:
-        self._connection.ask("finishing", rank=self.rank, step=step, keep=keep)
+        """Say that the loop has ended. The page says it as well, to a keeper that is just being started again."""
+        self.page.set_finished(step, keep=keep)
+        try:
+            self.ask("finishing", **self._who)
+        except KeeperUnreachable as error:
+            logger.warning("rank %d: its keeper is away and will read of the end on its return: %s", self.rank, error)
 
-    def ask(self, verb: str, **fields: Any) -> Any:
-        return self._connection.ask(verb, **fields)
+    def terminated(self, grace_s: float) -> None:
+        """This process was told to end: blocks until the newest snapshot is a checkpoint, `grace_s` have passed, or it is clear
+        that the run only starts again. May be called from any thread."""
+        connection = connect(self.memory, timeout_s=grace_s + 5)
+        try:
+            connection.ask("terminated", grace_s=grace_s, **self._who)
+        finally:
+            connection.close()
+
+    def ask(self, verb: str, payload: bytes = b"", **fields: Any) -> Any:
+        """Ask the keeper, over a new connection where the last one is broken."""
+        try:
+            return self._connection.ask(verb, payload, **fields)
+        except KeeperUnreachable:
+            self._connection = connect(self.memory)
+            self._connection.ask("hello", **self._who)
+            if self._guard is not None:  # a keeper that was started again has never heard of it
+                self._connection.ask("guard", self._guard[1], policy=self._guard[0], **self._who)
+            return self._connection.ask(verb, payload, **fields)
 
     def close(self) -> None:
         for body in self._bodies.values():

@@ -25,10 +25,12 @@ from typing import IO, Any
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
+from holdfast.snapshot.janitor import sweep
 
 logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
+RAY_RESTART_S = 30.0
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -55,14 +57,30 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
     places = {node: node_memory(memory, job, node) for node in nodes}
     with _host_lock():
         missing = [node for node, place in places.items() if not _answers(place)]
+        if missing:
+            sweep(home(memory), but=job)
+        started: dict[int, subprocess.Popen[bytes]] = {}
         if missing and kind == "ray":
             _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
         elif missing:
-            for node in missing:
-                _start_process(job, node, places[node], bind)
+            started = {node: _start_process(job, node, places[node], bind) for node in missing}
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
-        for node in missing:
-            _wait_for(node, places[node], deadline)
+        try:
+            for node in missing:
+                _wait_for(node, places[node], deadline, started.get(node))
+        finally:
+            for process in started.values():
+                _let_go(process)
+
+
+def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+    """See that the keeper of `node`, which has died, answers again. Ray restarts its actors by itself and is given time to."""
+    deadline = time.monotonic() + RAY_RESTART_S
+    while kind == "ray" and time.monotonic() < deadline:
+        if _answers(node_memory(memory, job, node)):
+            return
+        time.sleep(0.2)
+    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind)
 
 
 def _check_memory(memory: Path) -> None:
@@ -82,8 +100,12 @@ def _answers(place: Path) -> bool:
     return True
 
 
-def _wait_for(node: int, place: Path, deadline: float) -> None:
+def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
     while not _answers(place):
+        if process is not None and process.poll() is not None:
+            raise KeeperUnreachable(
+                f"the keeper of node {node} was started and ended with code {process.returncode}; its log is in {runtime_dir()}"
+            )
         if time.monotonic() > deadline:
             raise KeeperUnreachable(
                 f"the keeper of node {node} was started and does not answer in {place}; its log is in {runtime_dir()} or in Ray's"
@@ -91,11 +113,11 @@ def _wait_for(node: int, place: Path, deadline: float) -> None:
         time.sleep(0.05)
 
 
-def _start_process(job: str, node: int, place: Path, bind: str) -> None:
+def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:
     log = runtime_dir() / f"keeper-{job}-{node}.log"
     with log.open("ab") as output:
         command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
-        _let_go(_start_daemon(command, output, _environment()))
+        return _start_daemon(command, output, _environment())
 
 
 def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -233,6 +255,9 @@ def _host_lock() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
+    """One keeper. `step` is the newest that its ranks have completed; the counters are summed over its ranks, `refused` are
+    snapshots that held NaN. `last_scrub` and `last_drill` say when (`time_s`) and what came of it."""
+
     node: int
     pid: int
     alive: bool
@@ -244,14 +269,32 @@ class NodeStatus:
     checkpoint_step: int
     survivable_losses: int
     ranks: dict[int, int]
+    step: int = 0
+    world: int = 0
+    captured: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    failed: int = 0
+    refused: int = 0
+    stall_s: float = 0.0
+    damaged: int = 0
+    parity: int = 0
+    group: tuple[int, ...] = ()
+    last_scrub: dict[str, Any] | None = None
+    last_drill: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobStatus:
-    """One run as its keepers on this host see it. `committed_step` is the newest that all of them have committed."""
+    """One run as its keepers on this host see it. `committed_step` is the newest that all of them have committed.
+
+    `survivable_losses` counts what is there now: a keeper that does not answer or has damaged memory protects nobody.
+    """
 
     name: str
     epoch: int
+    world: int
+    step: int
     committed_step: int
     checkpoint_step: int
     survivable_losses: int
@@ -271,11 +314,19 @@ def _job_status(place: Path) -> JobStatus:
     return JobStatus(
         name=place.name,
         epoch=max((node.epoch for node in alive), default=0),
+        world=max((node.world for node in alive), default=0),
+        step=max((node.step for node in alive), default=0),
         committed_step=min((node.committed_step for node in alive), default=0),
         checkpoint_step=max((node.checkpoint_step for node in alive), default=0),
-        survivable_losses=min((node.survivable_losses for node in alive), default=0),
+        survivable_losses=min((_losses_left(node, nodes) for node in alive), default=0),
         nodes=nodes,
     )
+
+
+def _losses_left(node: NodeStatus, here: list[NodeStatus]) -> int:
+    """What the keeper says, or less where a member of its group is dead that it has not missed yet."""
+    dead = sum(not other.alive for other in here if other.node in node.group)
+    return min(node.survivable_losses, max(0, node.parity - dead))
 
 
 def _node_status(place: Path) -> NodeStatus:
@@ -300,6 +351,19 @@ def _node_status(place: Path) -> NodeStatus:
         checkpoint_step=found["checkpoint_step"],
         survivable_losses=found["survivable_losses"],
         ranks={int(rank): pid for rank, pid in found["ranks"].items()},
+        step=max((counts["completed"] for counts in found["counts"].values()), default=0),
+        world=found["world"],
+        stall_s=sum(counts["stall_us"] for counts in found["counts"].values()) / 1e6,
+        refused=found["refused"],
+        damaged=found["damaged"],
+        parity=found["parity"],
+        group=tuple(found["group"]),
+        last_scrub=found["last_scrub"],
+        last_drill=found["last_drill"],
+        **{
+            word: sum(counts[word] for counts in found["counts"].values())
+            for word in ("captured", "skipped", "dropped", "failed")
+        },
     )
 
 
@@ -341,12 +405,24 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
         for address in filter(None, [ray.address if ray else None, ray_address]):
             _in_helper("kill", json.dumps({"address": address}))
         for node in nodes:
+            _shut_down(Path(node.memory))
+        for node in nodes:
             _end(node.pid)
         if ray is not None:
             _end_session(ray.pid)
         shutil.rmtree(base, ignore_errors=True)
     shutil.rmtree(runtime_dir(), ignore_errors=True)
     return Cleared(len(nodes), ray is not None, nbytes)
+
+
+def _shut_down(place: Path) -> None:
+    """Ask a keeper to end and give its memory back; a signal alone would have it save its snapshots first."""
+    with suppress(HoldfastError):
+        connection = connect(place, timeout_s=5)
+        try:
+            connection.ask("shutdown")
+        finally:
+            connection.close()
 
 
 def _end(pid: int) -> None:

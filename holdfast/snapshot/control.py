@@ -13,9 +13,11 @@ from pathlib import Path
 NBYTES = 4096
 
 # word -> who writes it
-_TRAINER = {"pid": 0, "completed": 1, "finishing": 2, "stall_us": 3, "step_us": 4}
-_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12}
-_WORDS = _TRAINER | _KEEPER
+_TRAINER = {"pid": 0, "completed": 1, "finishing": 2, "capture_us": 3, "step_us": 4}
+_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12, "unsaved": 13}
+COUNTS = {"completed": 1, "captured": 24, "skipped": 25, "dropped": 26, "failed": 27, "stall_us": 28}  # the trainer
+_GUARD = {"poisoned": 32}  # the keeper: the step at which it found parameters that are not finite, and was told to step back
+_WORDS = _TRAINER | _KEEPER | COUNTS | _GUARD
 
 
 class ControlPage:
@@ -27,6 +29,7 @@ class ControlPage:
             if create:
                 os.posix_fallocate(fd, 0, NBYTES)
             self._map = mmap.mmap(fd, NBYTES)
+            self._path, self._inode = path, os.fstat(fd).st_ino
         finally:
             os.close(fd)
         self._words = memoryview(self._map).cast("Q")
@@ -36,6 +39,13 @@ class ControlPage:
 
     def __setitem__(self, word: str, value: int) -> None:
         self._words[_WORDS[word]] = value
+
+    def is_current(self) -> bool:
+        """False once the keeper has put another page in this one's place, for another process."""
+        try:
+            return os.stat(self._path).st_ino == self._inode
+        except OSError:
+            return False
 
     @property
     def target(self) -> tuple[int, int, int]:
@@ -47,6 +57,15 @@ class ControlPage:
         """Order a capture. A step ordered once more is a new order: what was captured for the last one may be void."""
         order = (self["target"] >> 1) + 1 & 0xFFFF
         self["target"] = step << 17 | order << 1 | index
+
+    @property
+    def finished(self) -> tuple[int, bool] | None:
+        """The step at which the rank's loop ended, and whether it waits for that step to be kept; None while it trains."""
+        word = self["finishing"]
+        return (word >> 2, bool(word & 2)) if word else None
+
+    def set_finished(self, step: int, *, keep: bool) -> None:
+        self["finishing"] = step << 2 | keep << 1 | 1
 
     def close(self) -> None:
         self._words.release()

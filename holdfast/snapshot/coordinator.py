@@ -22,6 +22,13 @@ LAST_TRIES = 10
 CALM_ROUNDS = 16
 """Commits in a row without a missed target before the next target is named one step closer."""
 
+SPILL_TRIES = 4
+"""Attempts at a checkpoint that cannot wait for the next commit, 1, 2 and 4 seconds apart, before the run goes on or ends
+without it."""
+
+RETRY_LIMIT = 32
+"""Most commits that pass between two attempts at a checkpoint that keeps failing; they double from one on."""
+
 
 class Phase(Enum):
     """WAITING for all keepers to enter the epoch · FILLING: a step is announced · COMMITTING: all encoded it · IDLE · STOPPED."""
@@ -35,7 +42,9 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Every keeper has entered the epoch."""
+    """Every keeper has entered the epoch; `progress` is the newest step that a rank has completed, where ranks train on."""
+
+    progress: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,15 @@ class Acknowledged:
 
 @dataclass(frozen=True, slots=True)
 class SpillEnded:
+    """The checkpoint that was written from slot `index` is committed, or, with `ok` false, does not exist."""
+
     index: int
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Hurry:
+    """What is in memory may soon be lost: the newest committed step has to become a checkpoint at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +98,7 @@ class Finishing:
     keep: bool
 
 
-Input = Begin | Encoded | GivenUp | Acknowledged | SpillEnded | Finishing
+Input = Begin | Encoded | GivenUp | Acknowledged | SpillEnded | Hurry | Finishing
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,15 +127,20 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Spill:
-    """Write the committed `step` in slot `index` as a universal checkpoint; the slot is not refilled before SpillEnded."""
+    """Write the committed `step` in slot `index` as a universal checkpoint, after `delay_s`; the slot is not refilled before
+    SpillEnded."""
 
     step: int
     index: int
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The run has ended on every node."""
+    """The run has ended on every node. Where `saved` is false, its last step was to become a checkpoint and did not: what is in
+    memory is all there is, and must stay."""
+
+    saved: bool = True
 
 
 Action = Announce | Protect | Commit | Spill | Stop
@@ -140,6 +162,7 @@ class Coordinator:
         committed: int = 0,
         index: int = 1,
         protected: bool = True,
+        spilled: int = 0,
     ) -> None:
         self.nodes = frozenset(nodes)
         self.every, self.checkpoint_every = every, checkpoint_every
@@ -150,8 +173,12 @@ class Coordinator:
         self.round = 0
         self.lead = 1
         self.given_up = 0
-        self._spilled = committed
-        self._spilling: int | None = None
+        self._spilled = spilled
+        self._spilling: tuple[int, int] | None = None
+        self._spill_failures = 0
+        self._retry_at = 0
+        self._commits = 0
+        self._hurry = 0
         self._waiting: set[int] = set()
         self._progress = committed
         self._calm = 0
@@ -168,7 +195,11 @@ class Coordinator:
     # -- one method for each cell of the table --
 
     def _begin(self, event: Begin) -> list[Action]:
-        return self._protect() if self._unprotected else self._next()
+        self._progress = max(self._progress, event.progress)
+        if self._unprotected:
+            return self._protect()
+        self.phase = Phase.IDLE
+        return self._spill() + self._next()
 
     def _encoded(self, event: Encoded) -> list[Action]:
         self._progress = max(self._progress, event.progress)
@@ -201,14 +232,28 @@ class Coordinator:
             return []
         # Only now may the older slot be refilled: every node has the newer one committed.
         self.committed, self.index = self.step, 1 - self.index
+        self._unprotected = False
+        self._commits += 1
         self._calm += 1
         if self._calm >= CALM_ROUNDS:
             self.lead, self._calm = max(1, self.lead - 1), 0
         return self._spill() + self._next()
 
     def _spill_ended(self, event: SpillEnded) -> list[Action]:
-        self._spilling = None
+        if self._spilling is not None:
+            step, self._spilling = self._spilling[0], None
+            if event.ok:
+                self._spilled, self._spill_failures = max(self._spilled, step), 0
+            else:
+                self._spill_failures += 1
+                self._retry_at = self._commits + min(2 ** (self._spill_failures - 1), RETRY_LIMIT)
         return self._spill() + (self._next() if self.phase is Phase.IDLE else [])
+
+    def _hurry_up(self, event: Hurry) -> list[Action]:
+        # A step that all have encoded will be committed whatever happens, and is worth waiting for.
+        self._hurry = self.step if self.phase is Phase.COMMITTING else self.committed
+        self._spill_failures = min(self._spill_failures, SPILL_TRIES - 1)
+        return self._spill()
 
     def _finish(self, event: Finishing) -> list[Action]:
         self._finishing[event.node] = event
@@ -223,6 +268,10 @@ class Coordinator:
     def _ignore(self, event: Input) -> list[Action]:
         return []
 
+    def _note_progress(self, event: GivenUp) -> list[Action]:
+        self._progress = max(self._progress, event.progress)
+        return []
+
     # -- what follows --
 
     def _next(self) -> list[Action]:
@@ -230,7 +279,7 @@ class Coordinator:
         self.phase = Phase.IDLE
         if len(self._finishing) == len(self.nodes):
             return self._last()
-        if self._finishing or self._spilling == 1 - self.index:
+        if self._finishing or self._is_spilling(1 - self.index):
             return []
         ahead = self._progress + self.lead
         return self._announce(-(-ahead // self.every) * self.every)
@@ -238,17 +287,16 @@ class Coordinator:
     def _last(self) -> list[Action]:
         steps = {event.step for event in self._finishing.values()}
         step = max(steps)
+        keep = any(event.keep for event in self._finishing.values()) and step > 0
         # Nodes that ended at different steps have no last step in common that could be captured.
-        wanted = any(event.keep for event in self._finishing.values()) and step > 0 and len(steps) == 1
-        wanted = wanted and self._failed_last < LAST_TRIES
+        wanted = keep and len(steps) == 1 and self._failed_last < LAST_TRIES
         if wanted and self.committed < step:
-            return [] if self._spilling == 1 - self.index else self._announce(step)
-        if wanted and self.checkpoint_every and self._spilled < self.committed:
-            return self._spill()
-        if self._spilling is not None:
-            return []
+            return [] if self._is_spilling(1 - self.index) else self._announce(step)
+        spill = self._spill()
+        if spill or self._spilling is not None:
+            return spill
         self.phase = Phase.STOPPED
-        return [Stop()]
+        return [Stop(saved=not keep or not self.checkpoint_every or self._spilled >= step)]
 
     def _protect(self) -> list[Action]:
         self.index = 1 - self.index  # until it is committed, the other slot is the one that may not be touched
@@ -263,35 +311,55 @@ class Coordinator:
         self.phase, self.step, self._waiting = Phase.FILLING, step, set(self.nodes)
         self.round += 1
 
+    def _is_spilling(self, index: int) -> bool:
+        return self._spilling is not None and self._spilling[1] == index
+
     def _spill(self) -> list[Action]:
-        last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
-        due = self.checkpoint_every and (
-            last or self.committed // self.checkpoint_every > self._spilled // self.checkpoint_every
-        )
-        if not due or self._spilling is not None or self._spilled >= self.committed:
+        """Have the committed step written, where it is due and nothing else is being written."""
+        if not self.checkpoint_every or self._spilling is not None or self._spilled >= self.committed:
             return []
-        self._spilling, self._spilled = self.index, self.committed
-        return [Spill(self.committed, self.index)]
+        if self._unprotected or self.phase is Phase.WAITING:
+            return []  # the slots are not in the state that `committed` and `index` speak of
+        last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
+        if last or self._spilled < self._hurry:
+            due, delay_s = self._spill_failures < SPILL_TRIES, _pause_s(self._spill_failures)
+        else:
+            crossed = self.committed // self.checkpoint_every > self._spilled // self.checkpoint_every
+            due, delay_s = crossed and self._commits >= self._retry_at, 0.0
+        if not due:
+            return []
+        self._spilling = self.committed, self.index
+        return [Spill(self.committed, self.index, delay_s)]
+
+
+def _pause_s(failures: int) -> float:
+    return 2.0 ** (failures - 1) if failures else 0.0
 
 
 _TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.WAITING, Begin): Coordinator._begin,
     (Phase.WAITING, Finishing): Coordinator._finish_while_filling,
+    (Phase.WAITING, GivenUp): Coordinator._note_progress,  # of the epoch before: ranks train on while keepers regroup
+    (Phase.WAITING, Hurry): Coordinator._hurry_up,
     (Phase.FILLING, Encoded): Coordinator._encoded,
     (Phase.FILLING, GivenUp): Coordinator._give_up,
     (Phase.FILLING, SpillEnded): Coordinator._spill_ended,
+    (Phase.FILLING, Hurry): Coordinator._hurry_up,
     (Phase.FILLING, Finishing): Coordinator._finish_while_filling,
     (Phase.FILLING, Acknowledged): Coordinator._ignore,
     (Phase.COMMITTING, Acknowledged): Coordinator._acknowledged,
     (Phase.COMMITTING, SpillEnded): Coordinator._spill_ended,
+    (Phase.COMMITTING, Hurry): Coordinator._hurry_up,
     (Phase.COMMITTING, Finishing): Coordinator._finish,
     (Phase.COMMITTING, GivenUp): Coordinator._ignore,  # of an older round: its message was overtaken
     (Phase.COMMITTING, Encoded): Coordinator._ignore,
     (Phase.IDLE, SpillEnded): Coordinator._spill_ended,
+    (Phase.IDLE, Hurry): Coordinator._hurry_up,
     (Phase.IDLE, Finishing): Coordinator._finish,
     (Phase.IDLE, GivenUp): Coordinator._ignore,
     (Phase.IDLE, Encoded): Coordinator._ignore,
     (Phase.STOPPED, SpillEnded): Coordinator._ignore,
+    (Phase.STOPPED, Hurry): Coordinator._ignore,
     (Phase.STOPPED, Finishing): Coordinator._ignore,
     (Phase.STOPPED, GivenUp): Coordinator._ignore,
     (Phase.STOPPED, Encoded): Coordinator._ignore,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from holdfast.snapshot.plan import Part, samples, slot_view, source_of
+from holdfast.snapshot.capture_plan import Part, samples, slot_view, source_of
 
 if TYPE_CHECKING:
     from holdfast.snapshot.capture import Shot

@@ -7,7 +7,8 @@ slots through a mapping; others ask over TCP, the next piece always under way wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,43 +212,98 @@ def workspace(count: int, nbytes: int) -> list[memoryview]:
 # -- rebuilding --------------------------------------------------------------------------------------------------------
 
 
-def rebuild_blocks(
-    group: GroupRecord,
-    node: int,
-    readers: Mapping[int, SlotReader],
-    with_data: frozenset[int],
-    with_parity: frozenset[int],
-    store: Callable[[str, int, memoryview], None],
-    *,
-    parity_too: bool,
-) -> None:
-    """Recompute what `node` held from any k blocks of each stripe; `store(kind, offset, bytes)` gets "node" or "parity" bytes.
+class Decoder:
+    """Recomputes what `node` held, piece by piece, from any k blocks of each stripe.
 
     `readers` are the survivors by node, `with_data` those of them whose own bytes of this step are whole, `with_parity` those
-    whose parity is. Raises MissingData when a stripe has fewer than k blocks left.
+    whose parity is. Raises MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
     """
-    if not group.parity:
-        raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
-    layout, size, place = group.layout, group.block_nbytes, group.position(node)
-    code = ErasureCode(layout.k, group.parity)
-    scratch = workspace(layout.k + 1, min(PIECE_NBYTES, size))
-    for stripe in range(layout.stripes):
-        column, base, kind = wanted(group, place, stripe)
-        if kind == "parity" and not parity_too:
-            continue
-        sources = _sources(group, stripe, place, readers, with_data, with_parity)
-        if len(sources) < layout.k:
-            raise MissingData(
-                f"step {group.step}: stripe {stripe} has {len(sources)} of the {layout.k} blocks that rebuilding needs"
-            )
-        chosen = list(sources)[: layout.k]
+
+    def __init__(
+        self,
+        group: GroupRecord,
+        node: int,
+        readers: Mapping[int, SlotReader],
+        with_data: frozenset[int],
+        with_parity: frozenset[int],
+    ) -> None:
+        if not group.parity:
+            raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
+        self.group, self._readers = group, readers
+        self._place, self._with_data, self._with_parity = group.position(node), with_data, with_parity
+        self._code = ErasureCode(group.layout.k, group.parity)
+        self._scratch = [buffer.data for buffer in staggered(group.layout.k + 1, min(PIECE_NBYTES, group.block_nbytes))]
+
+    def blocks(self) -> Iterator[tuple[int, str, int]]:
+        """What the node held: (stripe, "node" or "parity", offset in its bytes or parity) of every block."""
+        for stripe in range(self.group.layout.stripes):
+            _, base, kind = wanted(self.group, self._place, stripe)
+            yield stripe, kind, base
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """(offset, bytes) of every piece of a block."""
+        size = self.group.block_nbytes
+        return ((offset, min(PIECE_NBYTES, size - offset)) for offset in range(0, size, PIECE_NBYTES))
+
+    def decode(self, stripe: int, offset: int, nbytes: int) -> memoryview:
+        """Bytes of the node's block in `stripe`; the view is overwritten by the next call."""
+        column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
+        return self._reconstruct(column, self._read(sources, offset, nbytes))
+
+    def whole(self, stripe: int) -> Iterator[tuple[int, memoryview]]:
+        """(offset, bytes) of the node's whole block in `stripe`, the sources of the next piece always under way; to be used up."""
+        column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
         offset = 0
-        # A rank's rebuilt bytes are going to be compared with the CRCs of their capture; for parity there is nothing of the kind.
-        for data in pieces([sources[index] for index in chosen], size, scratch, check=kind == "parity"):
-            out = scratch[layout.k][: len(data[0])]
-            code.reconstruct(dict(zip(chosen, data, strict=True)), {column: out})
-            store(kind, base + offset, out)
-            offset += len(out)
+        with self._hanging_up():
+            for data in pieces(list(sources.values()), self.group.block_nbytes, self._scratch, check=True):
+                out = self._reconstruct(column, dict(zip(sources, data, strict=True)))
+                yield offset, out
+                offset += len(out)
+
+    def contradicts(self, stripe: int, offset: int, nbytes: int, rebuilt: memoryview) -> bool:
+        """The rebuilt bytes, used as a source themselves, do not give back a block that a survivor holds."""
+        column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
+        tested, block = sources.popitem()
+        expected = bytes(self._read({tested: block}, offset, nbytes)[tested])
+        have = {column: rebuilt, **self._read(sources, offset, nbytes)}
+        return bytes(self._reconstruct(tested, have)) != expected
+
+    def close(self) -> None:
+        for reader in self._readers.values():
+            reader.close()
+
+    def _sources(self, stripe: int) -> dict[int, Block]:
+        layout = self.group.layout
+        found = _sources(self.group, stripe, self._place, self._readers, self._with_data, self._with_parity)
+        if len(found) < layout.k:
+            raise MissingData(
+                f"step {self.group.step}: stripe {stripe} has {len(found)} of the {layout.k} blocks that rebuilding needs"
+            )
+        return dict(list(found.items())[: layout.k])
+
+    def _read(self, sources: Mapping[int, Block], offset: int, nbytes: int) -> dict[int, memoryview]:
+        """The same piece of each source, all of them asked for before the first is waited for."""
+        with self._hanging_up():
+            for block in sources.values():
+                block.of.start(block.base + offset, nbytes, check=True)
+            return {
+                index: block.of.finish(block.base + offset, nbytes, self._scratch[place])
+                for place, (index, block) in enumerate(sources.items())
+            }
+
+    @contextmanager
+    def _hanging_up(self) -> Iterator[None]:
+        """After a failure answers may still be on their way; nobody may take them for those to a later question."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def _reconstruct(self, index: int, have: Mapping[int, memoryview]) -> memoryview:
+        out = self._scratch[-1][: len(next(iter(have.values())))]
+        self._code.reconstruct(have, {index: out})
+        return out
 
 
 def wanted(group: GroupRecord, place: int, stripe: int) -> tuple[int, int, str]:

@@ -20,7 +20,7 @@ class Fence:
     """Hangs on one optimizer's hooks until `remove`."""
 
     def __init__(self, optimizer: Optimizer, wait: Wait, is_needed: Callable[[], bool]) -> None:
-        self._wait, self._is_needed = wait, is_needed
+        self._optimizer, self._wait, self._is_needed = optimizer, wait, is_needed
         self._whole: list[dict[str, Any]] | None = None
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -28,6 +28,7 @@ class Fence:
         ]
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back()
         if not self._is_needed():
             return
         groups = optimizer.param_groups
@@ -39,12 +40,17 @@ class Fence:
         optimizer.param_groups = _Groups(groups, lambda place: self._wait(optimizer, place))
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        """The groups are the optimizer's own list again, also after a step that failed half-way."""
         if self._whole is not None:
-            optimizer.param_groups, self._whole = self._whole, None
+            self._optimizer.param_groups, self._whole = self._whole, None
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._put_back()
 
 
 class _Groups(list[dict[str, Any]]):

@@ -58,7 +58,7 @@ class Pace:
 
     def add(self, exchange_s: float, pages: Iterable[ControlPage | Mapping[str, int]]) -> None:
         """One more commit, `exchange_s` after the last rank had its capture ready; `pages` are what trainers say of themselves."""
-        told = [(page["stall_us"], page["step_us"]) for page in pages]
+        told = [(page["capture_us"], page["step_us"]) for page in pages]
         if told:
             self._exchange_s.append(exchange_s)
             self._stall_s.append(max(stall for stall, _ in told) / 1e6)

@@ -1,319 +1,249 @@
 """The keeper of one node: owns the slots, outlives the trainers, and with its peers makes every snapshot survive lost nodes.
 
 A plain class. A Ray actor hosts it in production and a plain process can as well; it imports neither Ray nor torch. Trainers of
-the node talk to it over a UNIX socket, peers over TCP with a token; both are the same verbs.
+the node talk to it over a UNIX socket, peers over TCP with a token; both are the same verbs. This file is birth, membership, what
+others may read, and the end; each other story has a file of its own:
 
-A snapshot's way through here: announced (slot FILLING) → filled by the trainers → checksummed (VERIFIED) → peers told → parity
-exchanged (ENCODED) → committed on the coordinator's word (COMMITTED). Every arrow has a crash point; whatever dies at one, the
-older slot is still COMMITTED on every node.
+    membership.py   which epoch, and whom to listen to          trainers.py   who speaks for a rank
+    rounds.py       a snapshot's way, from announced to committed
+    lead.py         the coordinator's keeper                    regroup.py    a keeper that died comes back
+    preempt.py      told to end: the last snapshot is saved     rescue.py     peers that are gone
+    repair.py       what a lost node held is recomputed
+    watch.py        scrubs, drills, and how many losses are survivable now
+    poison.py       snapshots that hold NaN
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import queue
-import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from holdfast.arrays import Fragment, FragmentTable
+from holdfast.ckpt.storage import place
 from holdfast.coding import crc32c
-from holdfast.errors import (
-    ClusterError,
-    ConfigError,
-    CorruptData,
-    HoldfastError,
-    KeeperUnreachable,
-    LayoutMismatch,
-    MissingData,
-    StaleEpoch,
-)
+from holdfast.errors import ClusterError, KeeperUnreachable, MissingData, StaleEpoch
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
-from holdfast.snapshot.birth import SOCKET, advertised, host_identity, is_alive, listen, only_one, write_endpoint
-from holdfast.snapshot.control import ControlPage
-from holdfast.snapshot.coordinator import (
-    Acknowledged,
-    Action,
-    Announce,
-    Begin,
-    Commit,
-    Coordinator,
-    Encoded,
-    Finishing,
-    GivenUp,
-    Input,
-    Protect,
-    Spill,
-    SpillEnded,
-    Stop,
-)
-from holdfast.snapshot.exchange import (
-    RowsInFlight,
-    SlotReader,
-    check_holds,
-    parity_name,
-    slot_name,
-)
-from holdfast.snapshot.interval import Pace
-from holdfast.snapshot.outbox import Outbox
+from holdfast.snapshot.birth import SOCKET, advertised, host_identity, identity, listen, only_one, write_endpoint
+from holdfast.snapshot.control import COUNTS
+from holdfast.snapshot.coordinator import Acknowledged, Finishing, Input
+from holdfast.snapshot.exchange import SlotReader, check_holds
+from holdfast.snapshot.lead import Lead
+from holdfast.snapshot.membership import Membership
 from holdfast.snapshot.outline import Outlines, base_of, difference
-from holdfast.snapshot.parity import Base, Forward, encode_stripe, receive_piece
-from holdfast.snapshot.sealing import seal_rank
+from holdfast.snapshot.poison import PoisonGuard
+from holdfast.snapshot.preempt import Preempt
+from holdfast.snapshot.regroup import Regroup
+from holdfast.snapshot.repair import Repair
+from holdfast.snapshot.rescue import Rescue
+from holdfast.snapshot.rounds import Rounds
 from holdfast.snapshot.slots import Slot, SlotState
-from holdfast.snapshot.store import META_ROOM, NodeSlots, group_of, rank_record
-from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, View, effective_parity
-from holdfast.snapshot.wire import Connection, FileRange, Header, Reply, Server
+from holdfast.snapshot.store import NodeSlots, group_of
+from holdfast.snapshot.trainers import Trainers
+from holdfast.snapshot.view import Member, View
+from holdfast.snapshot.watch import Watch
+from holdfast.snapshot.wire import FileRange, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
+
+UNLOCKED = frozenset({"parity", "spill"})
+"""Verbs of an epoch that move many bytes; they guard themselves. All others run while nothing else changes."""
+
+NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
 
 
 class Keeper:
     """Serves one node of one job from the moment it is built until `close`. Raises ConfigError when one is alive already."""
 
-    def __init__(self, job: str, node: int, memory: Path, *, bind: str = "127.0.0.1", mapped: bool = True) -> None:
+    def __init__(
+        self,
+        job: str,
+        node: int,
+        memory: Path,
+        *,
+        bind: str = "127.0.0.1",
+        mapped: bool = True,
+        domain: str = "",
+        watch_every_s: float = 0.0,
+    ) -> None:
         self.job, self.node, self.memory = job, node, memory
-        self.epoch = 0
-        self.view: View | None = None
-        self.controls: dict[int, ControlPage] = {}
-        self._mapped = mapped
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._outboxes: dict[int, Outbox] = {}
-        self._trainers: dict[int, Header] = {}
-        self._tables: dict[int, tuple[str, FragmentTable]] = {}
-        self._announced: tuple[int, int] | None = None
-        self._round = 0
-        self._groups: dict[int, dict[int, NodeRecord]] = {}
-        self._rows: RowsInFlight | None = None
-        self._readers: dict[int, SlotReader] = {}
-        self._readers_epoch = 0
-        self._finished: dict[int, Header] = {}
-        self._coordinator: Coordinator | None = None
-        self._guests: tuple[Member, ...] = ()
-        self._checked_layouts: tuple[tuple[int, str], ...] = ()
+        self.mapped = mapped
         self._last: dict[str, float] = {}
-        self._pace, self._filled_at = Pace(), time.monotonic()
         self._closed = threading.Event()
         self._released = threading.Event()
         self._ending = False
         self._guard = only_one(memory)
         self.slots = NodeSlots(job, node, memory)
-        self._lock = self.slots.lock
-        self._outlines = Outlines(self.slots)
-        self.token = secrets.token_hex(16)
-        listeners, port = listen(memory / SOCKET, bind)
-        self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), ())
+        self.lock, self.outlines = self.slots.lock, Outlines(self.slots)
+        self.members = Membership(node, memory, self.lock, self._handle)
+        known, self._ended = self.members.take_over()
+        self.trainers = Trainers(job, memory, self.slots, known)
+        self.checkpointed = 0
+        self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
+        self.preempt, self.repair = Preempt(self), Repair(self)
+        self.watch, self.poison = Watch(self), PoisonGuard(self)
+        parts = (self, self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison)
+        self._verbs = {name[5:]: getattr(part, name) for part in parts for name in dir(part) if name.startswith("verb_")}
+        former = identity(memory)
+        listeners, port = listen(memory / SOCKET, bind, former.port)
+        self.token = former.token
+        self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), (), domain)
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
-        threading.Thread(target=self._work, name="holdfast-worker", daemon=True).start()
         write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
+        Rescue(self)
+        self.watch.start(watch_every_s)
+        self._go_on()
 
-    # -- verbs ---------------------------------------------------------------------------------------------------------
+    def _go_on(self) -> None:
+        """Where a predecessor of this process stopped."""
+        with self.lock:
+            if self._ended is not None:
+                self.begin_to_end(str(self._ended["problem"]))
+            elif self.members.is_adrift:
+                crash_point("keeper.returned")
+                self.regroup.start()
 
     def _handle(self, verb: str, fields: Header, payload: memoryview) -> Reply | Header | None:
-        found: Callable[..., Reply | Header | None] | None = getattr(self, f"verb_{verb}", None)
+        found: Callable[..., Reply | Header | None] | None = self._verbs.get(verb)
         if self._ending and verb in ("ping", "attach", "join"):
             raise KeeperUnreachable(f"the keeper of node {self.node} is ending, its run is over")
         if found is None:
             raise ClusterError(f"this keeper does not know the verb {verb!r}; are two releases of holdfast mixed?")
         connection, epoch = fields.pop("connection"), fields.pop("epoch_of_sender", None)
-        if epoch is not None and epoch != self.epoch:
-            raise StaleEpoch(
-                f"node {self.node} is in epoch {self.epoch}, {verb!r} came from epoch {epoch}: its sender was replaced"
-            )
-        if verb in ("attach", "range"):
+        if verb in NEED_CONNECTION:
             fields["connection"] = connection
         if payload:
             fields["payload"] = payload
-        return found(**fields)
+        if epoch is None:
+            return found(**fields)
+        with self.lock:
+            self.members.check(verb, epoch)
+            if verb not in UNLOCKED:
+                return found(**fields)
+        return found(epoch_of_sender=epoch, **fields)
+
+    # -- trainers come and go --
 
     def verb_ping(self) -> None:
         """Answered by a keeper that is here to stay."""
 
-    def verb_survey(self) -> Header:
-        """What this node holds, from the slots' own headers."""
-        with self._lock:
-            slots = [asdict(slot.header) for slot in self.slots.values() if slot.header.rank >= 0]
-            groups = [group.to_json() for slot in self.slots.values() if (group := group_of(slot)) is not None]
-        return {"node": self.node, "epoch": self.epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
-
     def verb_attach(self, rank: int, pid: int, launch: str, body_nbytes: int, connection: int) -> Header:
-        """Make room for two snapshots of `rank`, and remember its trainer. A committed slot is left alone."""
-        with self._lock:
-            self._refuse_second_run(rank, launch)
-            for index in (0, 1):
-                self.slots.room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
-            page = self.controls.get(rank) or ControlPage(self.memory / f"control-{rank}", create=True)
-            self.controls[rank] = page
-            for word in ("completed", "finishing", "target", "committed", "checkpoint", "stopped"):
-                page[word] = 0
-            self._trainers[rank] = {"pid": pid, "launch": launch, "connection": connection}
-        return {"control": str(self.memory / f"control-{rank}")}
+        """Make room for two snapshots of `rank`, and hear no other trainer in its place. A committed slot is left alone."""
+        with self.lock:
+            answer = self.trainers.attach(rank, pid, launch, body_nbytes, connection)
+            self._write_down()
+        return answer
 
-    def verb_reserve(self, rank: int, index: int, body_nbytes: int) -> Header:
-        """Room for a snapshot that has outgrown its slot; the trainer maps the slot anew."""
-        with self._lock:
-            self.slots.room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
-            self.slots.void(slot_name(rank, index), self.epoch)
-        return {}
+    def verb_hello(self, rank: int, attachment: str, connection: int) -> None:
+        """A trainer that is attached already speaks over a new connection."""
+        with self.lock:
+            self.trainers.check(rank, attachment)
+            self.trainers.reconnected(rank, connection)
 
-    def verb_join(self, view: Header) -> Header:
+    def verb_finishing(self, rank: int, attachment: str) -> None:
+        """The rank's loop has ended, as its page says. When all ranks here have, the coordinator hears of it."""
+        with self.lock:
+            self.trainers.check(rank, attachment)
+            self._tell_if_finished()
+
+    def _tell_if_finished(self) -> None:
+        if self.members.view is not None:
+            found = self.trainers.finished(self.members.local_ranks)
+            if found is not None:
+                self.tell(Finishing(self.node, *found))
+
+    def _disconnected(self, connection: int) -> None:
+        self.repair.disconnected(connection)
+        with self.lock:
+            gone = self.trainers.disconnected(connection)
+            for rank in gone:
+                self.preempt.left(rank)
+        for rank in gone:
+            logger.info("rank %d has left", rank)
+            emit("trainer.left", job=self.job, node=self.node, rank=rank)
+
+    # -- membership --
+
+    def verb_join(self, view: Header, regrouped: bool = False) -> Header:
         """Enter an epoch. From here on messages of older epochs are refused."""
-        with self._lock:
-            fresh = View.from_json(view)
-            if fresh.epoch <= self.epoch:
-                raise StaleEpoch(f"node {self.node} is already in epoch {self.epoch}; epoch {fresh.epoch} comes too late")
-            self.view, self.epoch, self._guests = fresh, fresh.epoch, fresh.guests
-            self._announced, self._round, self._rows = None, 0, None
-            self._groups.clear()
-            self._finished.clear()
-            self._tables.clear()
-            for outbox in self._outboxes.values():
-                outbox.close()
-            self._outboxes = {member.node: Outbox(member, self.node, self.epoch, self._handle) for member in fresh.members}
+        fresh = View.from_json(view)
+        with self.lock:
+            ranks = fresh.member(self.node).ranks
+            former = self.members.known()
+            if regrouped and (former is None or not self.trainers.are_of(ranks, former.epoch)):
+                raise StaleEpoch(f"node {self.node} has other trainers by now; a new start of the run will regroup it")
+            self.members.join(fresh)
+            self._ended = None
+            self.trainers.belong(ranks, fresh.epoch)
+            self.rounds.reset()
+            self.lead.reset(fresh)
+            self.preempt.reset()
+            self.checkpointed = fresh.spilled
             if not fresh.in_memory:
                 for slot in self.slots.values():
                     slot.update(state=SlotState.EMPTY, step=0, payload_nbytes=0, meta_nbytes=0)
-            self._coordinator = None
-            if fresh.coordinator == self.node:
-                self._coordinator = Coordinator(
-                    (member.node for member in fresh.members),
-                    every=fresh.every,
-                    checkpoint_every=fresh.checkpoint_every if fresh.checkpoints else 0,
-                    committed=fresh.committed,
-                    index=fresh.index,
-                    protected=fresh.protected,
-                )
-            for rank in self._local_ranks():
-                self.controls[rank]["epoch"] = self.epoch
-                self.controls[rank]["committed"] = fresh.committed
-        crash_point("keeper.joined")
-        return {"epoch": self.epoch}
+            self.trainers.say(ranks, epoch=fresh.epoch, committed=fresh.committed, checkpoint=fresh.spilled)
+            self._write_down()
+            crash_point("keeper.joined")
+            self._tell_if_finished()
+        return {"epoch": fresh.epoch}
 
-    def verb_begin(self) -> None:
-        """Told to the coordinator's keeper once every keeper has joined."""
-        self._tell_coordinator(Begin())
+    def leave_epoch(self) -> None:
+        """Fenced off: nothing of this epoch's rounds is sealed any more. Called with the lock held."""
+        self.rounds.reset()
+        self.lead.coordinator = None
+        self._write_down()
 
-    def verb_filled(self, rank: int, step: int, index: int, payload_nbytes: int, layout: str, payload: memoryview) -> Header:
-        """A trainer has captured `step`; its fragment table comes along when it changed, its objects always."""
-        table_nbytes = int.from_bytes(payload[:8], "little")
-        table, objects = payload[8 : 8 + table_nbytes], json.loads(bytes(payload[8 + table_nbytes :]))
-        with self._lock:
-            if table_nbytes:
-                self._tables[rank] = (layout, FragmentTable.from_bytes(table))
-            if self._announced != (step, index):
-                return {"taken": False}
-            if self._tables.get(rank, ("", None))[0] != layout:
-                return {"taken": False, "table": True}
-            number = self._round
-            self._filled_at = time.monotonic()
-        self._jobs.put(lambda: self._verify(rank, step, index, number, payload_nbytes, objects))
-        return {"taken": True}
+    def _write_down(self) -> None:
+        self.members.write_down(self.trainers.to_json(), self._ended)
 
-    def verb_give_up(self, rank: int, step: int, reason: str) -> None:
-        with self._lock:
-            number = self._round if self._announced is not None and self._announced[0] == step else 0
-        self._tell_coordinator(GivenUp(self.node, step, self._progress(), reason, number))
+    def tell(self, event: Input) -> None:
+        self.lead.tell(event)
 
-    def verb_finishing(self, rank: int, step: int, keep: bool) -> None:
-        """The rank's loop has ended at `step`. When all ranks here have, the coordinator hears of it."""
-        with self._lock:
-            self._finished[rank] = {"step": step, "keep": keep}
-            done = len(self._finished) == len(self._local_ranks())
-        if done:
-            steps, keeps = (
-                [item["step"] for item in self._finished.values()],
-                [item["keep"] for item in self._finished.values()],
-            )
-            self._tell_coordinator(Finishing(self.node, max(steps), any(keeps)))
+    def progress(self) -> int:
+        return self.trainers.progress(self.members.local_ranks)
 
-    def verb_announce(self, step: int, index: int, round: int) -> None:
-        """Empty slot `index` everywhere on this node and let the ranks capture `step` into it."""
-        with self._lock:
-            self._enter_round(step, index, round)
-            for name in (*(slot_name(rank, index) for rank in self._local_ranks()), parity_name(index)):
-                self.slots.void(name, self.epoch)
-            crash_point("keeper.announced")
-            for rank in self._local_ranks():
-                self.controls[rank].set_target(step, index)
-
-    def verb_protect(self, step: int, index: int, round: int) -> None:
-        """Compute the parity of a restored step that is whole here but was never committed."""
-        with self._lock:
-            self._enter_round(step, index, round)
-        self._jobs.put(lambda: self._publish(step, index, round))
-
-    def _enter_round(self, step: int, index: int, number: int) -> None:
-        self._announced, self._round, self._rows = (step, index), number, None
-        self._groups = {other: group for other, group in self._groups.items() if other >= number}
-
-    def verb_verified(self, round: int, record: Header) -> None:
-        """A node of the group has checked all its ranks' slots; with the last one, parity can be computed.
-
-        A peer that heard of the round before we did may already be done with it; its record is kept until we hear of it too.
-        """
-        found = NodeRecord.from_json(record)
-        with self._lock:
-            if round < self._round:
-                return
-            group = self._groups.setdefault(round, {})
-            group[found.node] = found
-            complete = len(group) == len(self._group_nodes())
-        if complete:
-            self._jobs.put(lambda: self._encode(round))
-
-    def verb_parity(
-        self,
-        step: int,
-        index: int,
-        round: int,
-        row: int,
-        offset: int,
-        block_nbytes: int,
-        crc: int,
-        base: list[int] | None = None,
-        payload: memoryview | bytes = b"",
-    ) -> None:
-        """A piece of a parity row that a first owner computed for this node, or with `base` a change of it."""
-        if crc32c(payload) != crc:
-            raise CorruptData(f"parity row {row} of step {step} at {offset}: the piece arrived damaged")
-        rows = self._prepare_parity(step, index, round, block_nbytes)
-        if rows is None:
-            return
-        since = (base[0], base[1]) if base else None
-        if receive_piece(self.slots, index, row, offset, block_nbytes, memoryview(payload), since, rows):
-            self._jobs.put(lambda: self._protected(round))
-
-    def verb_coordinate(self, event: str, fields: Header) -> None:
-        kinds: dict[str, type[Input]] = {
-            kind.__name__: kind for kind in (Encoded, GivenUp, Acknowledged, SpillEnded, Finishing)
-        }
-        self._tell_coordinator(kinds[event](**fields))
+    # -- commit --
 
     def verb_commit(self, step: int, index: int) -> None:
         """The step is protected on every node: from now on it is what recovery returns to."""
         crash_point("keeper.committing")
-        with self._lock:
+        with self.lock:
+            ranks = self.members.local_ranks
             for slot in self.slots.of_step(step, index):
                 slot.update(state=SlotState.COMMITTED)
-            for rank in self._local_ranks():
-                self.controls[rank]["committed"] = step
-            self.slots.keep_only(self._local_ranks())
-        crash_point("keeper.committed")
-        self._last["committed"] = time.time()
+            self.trainers.say(ranks, committed=step)
+            self.slots.keep_only(ranks)
+            crash_point("keeper.committed")
+            self._last["committed"] = time.time()
+            self.members.touch()
+            self.tell(Acknowledged(self.node, step, self.progress()))
+            self.lead.committed(step, index)
         emit("snapshot.committed", job=self.job, node=self.node, step=step)
-        self._tell_coordinator(Acknowledged(self.node, step, self._progress()))
-        if self._coordinator is not None:
-            self._adapt()
-            self._release_guests()
-            self._check_layout(step, index)
+
+    def verb_checkpointed(self, step: int) -> None:
+        self.checkpointed = max(self.checkpointed, step)
+        self.trainers.say(self.members.local_ranks, checkpoint=step)
+
+    # -- what others may read --
+
+    def verb_survey(self) -> Header:
+        return self.survey()
+
+    def survey(self) -> Header:
+        """What this node holds, from the slots' own headers."""
+        with self.lock:
+            slots = [asdict(slot.header) for slot in self.slots.values() if slot.header.rank >= 0]
+            groups = [group.to_json() for slot in self.slots.values() if (group := group_of(slot)) is not None]
+            epoch = max(self.members.epoch, self.members.promised)
+        return {"node": self.node, "epoch": epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
 
     def verb_tables(self, step: int, index: int) -> Reply:
         """Fragment tables (with CRCs) and objects of this node's committed ranks, for a checkpoint or a restore."""
@@ -321,29 +251,21 @@ class Keeper:
         table = FragmentTable.concat(meta.table for meta in metas.values())
         return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
 
-    def verb_spill(self, directory: str, step: int, index: int, layout: Header, payload: memoryview) -> Header:
-        """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments."""
+    def verb_spill(
+        self, directory: str, step: int, index: int, layout: Header, payload: memoryview, epoch_of_sender: int = -1
+    ) -> Header:
+        """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments.
+
+        Every byte is summed as it is written, so a slot that were refilled meanwhile would be refused, not stored.
+        """
         slots = {slot.header.rank: slot for slot in self.slots.of_step(step, index) if slot.header.rank >= 0}
 
         def read(row: Fragment) -> memoryview:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]
 
         table = FragmentTable.from_bytes(payload)
-        written = spill.write_part(Path(directory), table, step, layout, self.node, frozenset(slots), read)
+        written = spill.write_part(place(directory), table, step, layout, self.node, frozenset(slots), read)
         return {"nbytes": written}
-
-    def verb_checkpointed(self, step: int) -> None:
-        for rank in self._local_ranks():
-            self.controls[rank]["checkpoint"] = step
-
-    def verb_stop(self) -> None:
-        """The run ended well on every node: trainers may go, and the memory is given back."""
-        with self._lock:
-            self._ending = True
-            for rank in self._local_ranks():
-                self.controls[rank]["stopped"] = self.epoch
-        logger.info("run %s has ended; node %d gives its memory back", self.job, self.node)
-        self._jobs.put(self.close)
 
     def verb_range(
         self, name: str, epoch: int, step: int, offset: int, nbytes: int, connection: int, check: bool = True
@@ -353,13 +275,13 @@ class Keeper:
         if not 0 <= offset <= offset + nbytes <= len(slot.body):
             raise MissingData(f"{name} of node {self.node} has {len(slot.body)} bytes; {nbytes} at {offset} were asked for")
         crc = {"crc32c": crc32c(slot.body[offset : offset + nbytes])} if check else {}
-        with self._lock:  # a slot that is replaced meanwhile would hand its descriptor's number to another file
+        with self.lock:  # a slot that is replaced meanwhile would hand its descriptor's number to another file
             return crc, FileRange(*slot.file_range(offset, nbytes))
 
     def verb_outline(self, name: str, epoch: int, step: int, offset: int, nbytes: int, base: list[int] | None) -> Header:
         """The CRC of a range as it was captured, or which parts of it have changed since the committed snapshot `base`."""
         slot = self._slot_of(name, epoch, step)
-        return self._outlines.answer(slot, offset, nbytes, (base[0], base[1]) if base else None)
+        return self.outlines.answer(slot, offset, nbytes, (base[0], base[1]) if base else None)
 
     def verb_difference(self, name: str, epoch: int, step: int, offset: int, nbytes: int, base: list[int]) -> Reply:
         """A range of a slot XORed with the same range of the committed snapshot beside it."""
@@ -373,316 +295,108 @@ class Keeper:
         check_holds(slot, epoch, step)
         return slot
 
-    def verb_rebuild(
-        self, group: Header, lost: int, survivors: list[Header], with_data: list[int], with_parity: list[int]
-    ) -> Header:
-        """Recompute what node `lost` held, into slots of this keeper, and check every byte. Blocks until it is done."""
-        record = GroupRecord.from_json(group)
-        members = [Member.from_json(member) for member in survivors]
-        started = time.perf_counter()
-        readers = {member.node: self._reader(member) for member in members}
-        nbytes = self.slots.rebuild(record, lost, readers, frozenset(with_data), frozenset(with_parity))
-        seconds = time.perf_counter() - started
-        logger.info("rebuilt node %d of step %d: %.1f MiB in %.2f s", lost, record.step, nbytes / 2**20, seconds)
-        return {"nbytes": nbytes, "seconds": seconds}
+    def reader(self, member: Member) -> SlotReader:
+        return SlotReader(member, mapped=self.mapped and member.host == self.member.host)
 
     def verb_status(self) -> Header:
-        committed = [slot.header.step for slot in self.slots.values() if slot.header.state is SlotState.COMMITTED]
-        return {
-            "job": self.job,
-            "node": self.node,
-            "pid": os.getpid(),
-            "epoch": self.epoch,
-            "memory": str(self.memory),
-            "nbytes": sum(slot.capacity for slot in self.slots.values()),
-            "committed_step": max(committed, default=0),
-            "committed_age_s": time.time() - self._last["committed"] if "committed" in self._last else None,
-            "checkpoint_step": max((page["checkpoint"] for page in self.controls.values()), default=0),
-            "ranks": {str(rank): trainer["pid"] for rank, trainer in self._trainers.items()},
-            "given_up": self._coordinator.given_up if self._coordinator else None,
-            "survivable_losses": self._survivable_losses(max(committed, default=0)),
-        }
+        with self.lock:
+            committed = [slot.header.step for slot in self.slots.values() if slot.header.state is SlotState.COMMITTED]
+            pages = self.trainers.pages.values()
+            coordinator = self.lead.coordinator
+            return {
+                "job": self.job,
+                "node": self.node,
+                "pid": os.getpid(),
+                "epoch": self.members.epoch,
+                "memory": str(self.memory),
+                "nbytes": sum(slot.capacity for slot in self.slots.values()),
+                "committed_step": max(committed, default=0),
+                "committed_age_s": time.time() - self._last["committed"] if "committed" in self._last else None,
+                "checkpoint_step": max((page["checkpoint"] for page in pages), default=0),
+                "ranks": {str(rank): pid for rank, pid in self.trainers.pids().items()},
+                "given_up": coordinator.given_up if coordinator else None,
+                "world": self.members.view.world if self.members.view else 0,
+                "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.trainers.pages.items()},
+                "refused": self.poison.refused,
+                **self.watch.status(),
+            }
+
+    # -- the end --
+
+    def begin_to_end(self, problem: str) -> None:
+        """The run is over, which a successor of this keeper has to know; then everybody is told. Called with the lock held."""
+        view = self.members.known()
+        self._ended = {"problem": problem}
+        self._write_down()
+        crash_point("keeper.stopping")
+        if view is not None and view.coordinator == self.node:
+            threading.Thread(target=self.lead.end, args=(view, problem), name="holdfast-end", daemon=True).start()
+        else:
+            self.release_trainers(problem)
+            self.give_back(problem)
+
+    def verb_ended(self, epoch: int, problem: str) -> None:
+        """The coordinator's keeper says that the run is over."""
+        with self.lock:
+            if epoch < self.members.promised:
+                raise StaleEpoch(f"node {self.node} is in epoch {self.members.promised} already")
+            if self._ended is None:
+                self.begin_to_end(problem)
+
+    def release_trainers(self, problem: str) -> None:
+        """Trainers may go; new ones find no keeper here, unless what it holds has to be kept."""
+        with self.lock:
+            view = self.members.known()
+            ranks = view.member(self.node).ranks if view else ()
+            self._ending = not problem
+            self.trainers.say(ranks, unsaved=int(bool(problem)))
+            self.trainers.say(ranks, stopped=self.members.epoch)
+
+    def give_back(self, problem: str) -> None:
+        """Free the memory, unless what it holds was to be a checkpoint and is none."""
+        if problem:
+            logger.error("run %s has ended and is not saved, node %d keeps its snapshots: %s", self.job, self.node, problem)
+        else:
+            logger.info("run %s has ended; node %d gives its memory back", self.job, self.node)
+            threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
+
+    def verb_ending(self) -> Header:
+        """Why the run could not be saved, or nothing."""
+        return {"problem": self._ended["problem"] if self._ended else ""}
 
     def verb_shutdown(self) -> None:
         threading.Thread(target=self.close, name="holdfast-close", daemon=True).start()
 
-    # -- the worker: everything that takes time -------------------------------------------------------------------------
+    @property
+    def has_ended(self) -> bool:
+        """The run of this keeper is over, saved or not."""
+        return self._ended is not None
 
-    def _work(self) -> None:
-        while not self._closed.is_set():
-            job = self._jobs.get()
-            try:
-                job()
-            # A snapshot that fails, for whatever reason, is given up and counted; training goes on and the next one is tried.
-            except (HoldfastError, OSError) as error:
-                logger.error("snapshot given up on node %d: %s: %s", self.node, type(error).__name__, error)
-                self._give_up_round()
-            except Exception:
-                logger.exception("snapshot given up on node %d", self.node)
-                self._give_up_round()
-        self._close_readers()
+    @property
+    def is_closed(self) -> bool:
+        return self._closed.is_set()
 
-    def _give_up_round(self) -> None:
-        if self._announced is not None:
-            self._tell_coordinator(GivenUp(self.node, self._announced[0], self._progress(), "failed", self._round))
+    def wait_closed(self, seconds: float) -> bool:
+        """True once the keeper is closing; waits that long for it."""
+        return self._closed.wait(seconds)
 
-    def _verify(self, rank: int, step: int, index: int, number: int, payload_nbytes: int, objects: dict[str, str]) -> None:
-        """Checksum a filled slot and seal it with its table, objects and header."""
-        if self._round != number:
-            return
-        slot, table = self.slots[slot_name(rank, index)], self._tables[rank][1]
-        crash_point("snapshot.filled")
-        outline = seal_rank(slot, table, objects, payload_nbytes, self.epoch, step, self._view().world)
-        self._outlines.put(slot.path.name, outline)
-        crash_point("snapshot.verified")
-        self._publish(step, index, number)
-
-    def _publish(self, step: int, index: int, number: int) -> None:
-        """Tell the group, once all ranks here are verified."""
-        record = self._node_record(step, index)
-        if record is not None:
-            for node in self._group_nodes():
-                self._post(node, "verified", round=number, record=record.to_json())
-
-    def _encode(self, number: int) -> None:
-        """Compute the parities of the stripe this node owns first; the other rows arrive from their first owners."""
-        if self._announced is None or self._round != number:
-            return
-        step, index = self._announced
-        group = self._group(step, index, number)
-        if group.parity == 0:
-            self._protected(number)
-            return
-        rows = self._prepare_parity(step, index, number, group.block_nbytes)
-        if rows is None:
-            return
-        own, last = self.slots[parity_name(index)].body[: group.block_nbytes], self.slots.get(parity_name(1 - index))
-        peers: dict[int, Connection] = {}
-        try:
-            forward = self._forward(step, index, number, group.block_nbytes, peers)
-            rows.crcs[0] = encode_stripe(group, self.node, self._group_readers(), own, forward, last)
-        except Exception:
-            self._close_readers()
-            raise
-        finally:
-            for peer in peers.values():
-                peer.close()
-        crash_point("snapshot.exchanged")
-        if rows.add(0, group.block_nbytes):
-            self._protected(number)
-
-    def _protected(self, number: int) -> None:
-        """All parity this node has to hold is there: seal it and tell the coordinator."""
-        if self._announced is None or self._round != number:
-            return
-        step, index = self._announced
-        group = self._group(step, index, number)
-        with self._lock:
-            if group.parity:
-                self.slots.seal_parity(group, SlotState.ENCODED, self._rows.crcs if self._rows else {})
-            for slot in self.slots.of_step(step, index):
-                slot.update(state=SlotState.ENCODED)
-        crash_point("snapshot.encoded")
-        self._tell_coordinator(Encoded(self.node, step, self._progress(), number))
-
-    def _forward(self, step: int, index: int, number: int, block_nbytes: int, connections: dict[int, Connection]) -> Forward:
-        where: dict[str, Any] = {
-            "step": step,
-            "index": index,
-            "round": number,
-            "block_nbytes": block_nbytes,
-            "epoch_of_sender": self.epoch,
-        }
-
-        def forward(node: int, row: int, offset: int, data: memoryview, base: Base | None) -> None:
-            connection = connections.get(node)
-            if connection is None:
-                member = self._view().member(node)
-                connection = connections[node] = Connection((member.address, member.port), member.token)
-            connection.ask("parity", data, row=row, offset=offset, crc=crc32c(data), base=base, **where)
-
-        return forward
-
-    def _prepare_parity(self, step: int, index: int, number: int, block_nbytes: int) -> RowsInFlight | None:
-        """The counter of parity rows of this round, with room for them; None when the round is over."""
-        with self._lock:
-            if self._announced is None or self._round != number:
-                return None
-            if self._rows is None:
-                parity = effective_parity(self._view().parity, len(self._group_nodes()))
-                self.slots.room(parity_name(index), -1, index, parity * block_nbytes + META_ROOM)
-                self.slots.void(parity_name(index), self.epoch)
-                self._rows = RowsInFlight(parity, block_nbytes)
-            return self._rows
-
-    # -- the coordinator's side -----------------------------------------------------------------------------------------
-
-    def _tell_coordinator(self, event: Input) -> None:
-        view = self._view()
-        if view.coordinator != self.node:
-            self._post(view.coordinator, "coordinate", event=type(event).__name__, fields=asdict(event))
-            return
-        with self._lock:
-            if self._coordinator is None:
+    def close(self, *, free: bool = True) -> None:
+        """Stop serving and give the node's memory back; with `free` false a successor finds it."""
+        with self.lock:
+            if self._closed.is_set():
                 return
-            actions = self._coordinator.feed(event)
-            for action in actions:
-                self._act(action, view)
-
-    def _act(self, action: Action, view: View) -> None:
-        match action:
-            case Announce(step, index, number):
-                self._broadcast("announce", step=step, index=index, round=number)
-            case Protect(step, index, number):
-                self._broadcast("protect", step=step, index=index, round=number)
-            case Commit(step, index):
-                self._broadcast("commit", step=step, index=index)
-            case Stop():
-                self._broadcast("stop")
-            case Spill(step, index):
-                threading.Thread(target=self._spill, args=(view, step, index), name="holdfast-spill", daemon=True).start()
-
-    def _spill(self, view: View, step: int, index: int) -> None:
-        """Write the committed step as a universal checkpoint, all nodes in parallel. A failure is logged and counted."""
-        try:
-            started = time.perf_counter()
-            path, nbytes = spill.write_checkpoint(view, step, index)
-            seconds = time.perf_counter() - started
-            logger.info("checkpoint of step %d: %s, %.1f MiB in %.2f s", step, path, nbytes / 2**20, seconds)
-            emit("checkpoint.committed", job=self.job, step=step, path=str(path), nbytes=nbytes, seconds=seconds)
-            self._broadcast("checkpointed", step=step)
-        except (HoldfastError, OSError) as error:
-            logger.error("checkpoint of step %d failed, training goes on: %s: %s", step, type(error).__name__, error)
-            emit("checkpoint.failed", job=self.job, step=step, error=str(error))
-        except Exception:
-            logger.exception("checkpoint of step %d failed, training goes on", step)
-        self._tell_coordinator(SpillEnded(index))
-
-    def _adapt(self) -> None:
-        """With `snapshot_every="auto"`: once enough snapshots have been seen, as often as they are worth it."""
-        now = time.monotonic()
-        self._pace.add(now - self._filled_at, [self.controls[rank] for rank in self._local_ranks()])
-        if self._coordinator is not None and self._view().adaptive:
-            self._coordinator.every = self._pace.steps(len(self._view().members))
-
-    def _release_guests(self) -> None:
-        """Keepers of an earlier membership are no longer needed once this one has committed a step."""
-        guests, self._guests = self._guests, ()
-        for guest in guests:
-            try:
-                connection = Connection((guest.address, guest.port), guest.token)
-                connection.ask("shutdown")
-                connection.close()
-            except KeeperUnreachable as error:
-                logger.info("node %d, no longer a member, is gone already: %s", guest.node, error)
-
-    def _check_layout(self, step: int, index: int) -> None:
-        """When the layout has changed: every array is whole over all ranks, or the snapshots are worth nothing and we say so."""
-        layouts = tuple(sorted((rank, layout) for rank, (layout, _) in self._tables.items()))
-        if layouts == self._checked_layouts:
-            return
-        self._checked_layouts = layouts
-
-        def check() -> None:
-            try:
-                spill.check_table(spill.gather(self._view(), step, index)[0])
-            except LayoutMismatch as error:
-                logger.error("snapshots of %s cannot be restored as they are: %s", self.job, error)
-                emit("snapshot.incomplete", job=self.job, step=step, error=str(error))
-            except HoldfastError as error:
-                logger.warning("the layout of step %d could not be checked: %s", step, error)
-                self._checked_layouts = ()
-
-        threading.Thread(target=check, name="holdfast-check", daemon=True).start()
-
-    # -- small helpers ----------------------------------------------------------------------------------------------------
-
-    def _view(self) -> View:
-        if self.view is None:
-            raise StaleEpoch(f"the keeper of node {self.node} has joined no epoch yet")
-        return self.view
-
-    def _local_ranks(self) -> tuple[int, ...]:
-        return self._view().member(self.node).ranks
-
-    def _group_nodes(self) -> tuple[int, ...]:
-        return self._view().group_of(self.node)
-
-    def _progress(self) -> int:
-        return max((self.controls[rank]["completed"] for rank in self._local_ranks()), default=0)
-
-    def _post(self, node: int, verb: str, **fields: Any) -> None:
-        self._outboxes[node].put({"verb": verb, **fields})
-
-    def _broadcast(self, verb: str, **fields: Any) -> None:
-        for member in self._view().members:
-            self._post(member.node, verb, **fields)
-
-    def _reader(self, member: Member) -> SlotReader:
-        return SlotReader(member, mapped=self._mapped and member.host == self.member.host)
-
-    def _group_readers(self) -> dict[int, SlotReader]:
-        """Readers of the group's nodes, kept from round to round. For the worker alone."""
-        if self._readers_epoch != self.epoch:
-            self._close_readers()
-            self._readers_epoch = self.epoch
-        for node in self._group_nodes():
-            self._readers.setdefault(node, self._reader(self._view().member(node))).refresh()
-        return self._readers
-
-    def _close_readers(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
-
-    def _node_record(self, step: int, index: int) -> NodeRecord | None:
-        """The record of this node once all its ranks are verified at `step`."""
-        headers = {slot.header.rank: slot.header for slot in self.slots.of_step(step, index)}
-        ranks = self._local_ranks()
-        if any(rank not in headers for rank in ranks):
-            return None
-        return NodeRecord(self.node, tuple(rank_record(headers[rank]) for rank in ranks))
-
-    def _group(self, step: int, index: int, number: int) -> GroupRecord:
-        nodes, view = self._group_nodes(), self._view()
-        records = tuple(self._groups[number][node] for node in nodes)
-        epoch = max(slot.header.epoch for slot in self.slots.of_step(step, index) if slot.header.rank >= 0)
-        return GroupRecord(epoch, step, index, view.world, effective_parity(view.parity, len(nodes)), records)
-
-    def _survivable_losses(self, step: int) -> int:
-        if self.view is None or not step:
-            return 0
-        return effective_parity(self.view.parity, len(self._group_nodes()))
-
-    def _refuse_second_run(self, rank: int, launch: str) -> None:
-        known = self._trainers.get(rank)
-        if known is not None and known["launch"] != launch and is_alive(known["pid"]):
-            raise ConfigError(
-                f"another run named {self.job!r} is alive (its rank {rank} is pid {known['pid']}); give this one another name "
-                "with protect(name=…), or end the other"
-            )
-
-    def _disconnected(self, connection: int) -> None:
-        gone = [rank for rank, trainer in self._trainers.items() if trainer["connection"] == connection]
-        for rank in gone:
-            logger.info("rank %d (pid %d) has left", rank, self._trainers[rank]["pid"])
-            emit("trainer.left", job=self.job, node=self.node, rank=rank)
-
-    def close(self) -> None:
-        """Stop serving and give the node's memory back."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        self._jobs.put(lambda: None)
-        for outbox in self._outboxes.values():
-            outbox.close(drain=True)
+            self._closed.set()
+        self.rounds.close()
+        self.members.close()
         self._server.close()
-        shutil.rmtree(self.memory, ignore_errors=True)
-        for parent in (self.memory.parent, self.memory.parent.parent):
-            try:
-                parent.rmdir()  # only when no other node or job is left in it
-            except OSError:
-                break
+        if free:
+            shutil.rmtree(self.memory, ignore_errors=True)
+            for parent in (self.memory.parent, self.memory.parent.parent):
+                try:
+                    parent.rmdir()  # only when no other node or job is left in it
+                except OSError:
+                    break
+        os.close(self._guard)
         self._released.set()
 
     def wait(self) -> None:

@@ -116,6 +116,12 @@ class Outlines:
             self._known[name] = outline
             self._changes.pop(name, None)
 
+    def forget(self, name: str) -> None:
+        """The slot is not the one that was filled here; from now on its bytes speak for themselves."""
+        with self._lock:
+            self._known.pop(name, None)
+            self._changes.pop(name, None)
+
     def answer(self, slot: Slot, offset: int, nbytes: int, base: tuple[int, int] | None) -> dict[str, Any]:
         """What a peer asks about a range of a slot: its CRC, or with `base` which of its cells have changed since then."""
         if base is None:
@@ -137,12 +143,14 @@ class Outlines:
         None where that is unknown, or most of it.
         """
         key = (slot.header.epoch, slot.header.step, *base)
+        name = slot.path.name
         with self._lock:
-            kept = self._changes.get(slot.path.name)
+            kept, known = self._changes.get(name), self._known.get(name)
         if kept is None or kept[0] != key:
             kept = key, self._compare(slot, base)
             with self._lock:
-                self._changes[slot.path.name] = kept
+                if self._known.get(name) is known:  # else the step was captured once more while the last capture was compared
+                    self._changes[name] = kept
         return kept[1]
 
     def _compare(self, slot: Slot, base: tuple[int, int]) -> list[Change] | None:

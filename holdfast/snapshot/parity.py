@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,13 @@ from holdfast.snapshot.exchange import (
     RowsInFlight,
     SlotReader,
     bytes_of,
-    parity_name,
     pieces,
     wanted,
     workspace,
 )
-from holdfast.snapshot.outline import Change, base_of, difference, other_name
+from holdfast.snapshot.outline import Change, difference, other_name
 from holdfast.snapshot.slots import Slot, SlotState
+from holdfast.snapshot.store import row_name
 from holdfast.snapshot.view import GroupRecord, stride
 
 logger = logging.getLogger(__name__)
@@ -156,14 +156,18 @@ def _padded(value: int, zeros: int) -> int:
 
 
 def _base(group: GroupRecord, last: Slot | None) -> Base | None:
-    """The committed snapshot that `last` is the parity of, if every byte of it lies where it lies in this one."""
+    """The committed snapshot that `last` is the parity of, if it is of this epoch and every byte of it lies where it does now.
+
+    A new epoch may follow a rebuild or a regrouping, and begins with a whole encoding.
+    """
     if last is None or last.header.state is not SlotState.COMMITTED:
         return None
     try:
         old = GroupRecord.from_json(json.loads(last.meta().objects["group"]))
     except (HoldfastError, KeyError, ValueError, TypeError):
         return None
-    return (old.epoch, old.step) if _places(old) == _places(group) and old.index != group.index else None
+    fits = old.epoch == group.epoch and old.index != group.index and _places(old) == _places(group)
+    return (old.epoch, old.step) if fits else None
 
 
 def _places(group: GroupRecord) -> tuple[Any, ...]:
@@ -199,7 +203,8 @@ def _encode_changes(stripe: Stripe, changed: list[Piece], own: memoryview, forwa
     """Row 0 begins as what it was and follows every change; the owners of the other rows do the same with what they are sent."""
     m, size = stripe.group.parity, stripe.nbytes
     code = ErasureCode(len(stripe.blocks), m)
-    adopt_row(last, 0, size, own)
+    for offset, data in committed_row(last, 0, size):
+        own[offset : offset + len(data)] = data
     for piece in changed:
         delta = _delta(stripe, piece, base)
         start, stop = max(0, piece.offset), min(size, piece.offset + len(delta))
@@ -231,17 +236,22 @@ def _delta(stripe: Stripe, piece: Piece, base: Base) -> memoryview:
     return delta
 
 
-def adopt_row(last: Slot, row: int, block_nbytes: int, out: memoryview) -> None:
-    """`out` holds the row as it was committed. Raises CorruptData where it no longer has the CRC that it had then."""
-    out[:] = last.body[row * block_nbytes : (row + 1) * block_nbytes]
-    expected, found = int(last.meta().objects[f"row-{row}"], 16), crc32c(out)
+def committed_row(last: Slot, row: int, block_nbytes: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of a row as it was committed. Ends with CorruptData where it no longer has the CRC that it had then."""
+    found, base = 0, row * block_nbytes
+    for offset in range(0, block_nbytes, exchange.PIECE_NBYTES):
+        stop = min(offset + exchange.PIECE_NBYTES, block_nbytes)
+        data = bytes(last.body[base + offset : base + stop])
+        found = crc32c(data, found)
+        yield offset, data
+    expected = int(last.meta().objects[row_name(row)], 16)
     if found != expected:
         raise CorruptData(
             f"parity row {row} of step {last.header.step} has crc32c {found:08x} and was sealed with {expected:08x}"
         )
 
 
-def add(row: memoryview, offset: int, delta: memoryview) -> None:
+def add(row: memoryview, offset: int, delta: memoryview | bytes) -> None:
     """The row follows a change that starts at `offset`."""
     if len(delta):
         target = np.frombuffer(row, np.uint8, len(delta), offset)
@@ -249,24 +259,14 @@ def add(row: memoryview, offset: int, delta: memoryview) -> None:
 
 
 def receive_piece(
-    slots: Mapping[str, Slot],
-    index: int,
-    row: int,
-    offset: int,
-    block_nbytes: int,
-    data: memoryview,
-    base: Base | None,
-    rows: RowsInFlight,
+    view: memoryview, row: int, offset: int, data: memoryview | bytes, rows: RowsInFlight, *, is_change: bool
 ) -> bool:
-    """A piece that a first owner handed on is in its place; True when that made the last row complete."""
-    view = slots[parity_name(index)].body[row * block_nbytes : (row + 1) * block_nbytes]
-    if base is None:
+    """A piece that a first owner handed on is in its place in `view`, the row; True when that made the last row complete."""
+    if not is_change:
         view[offset : offset + len(data)] = data
         return rows.add(row, len(data))
-    if rows.adopt(row):
-        adopt_row(base_of(slots, parity_name(index), base), row, block_nbytes, view)
     add(view, offset, data)
-    return offset == block_nbytes and rows.add(row, block_nbytes)
+    return offset == len(view) and rows.add(row, len(view))
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------------

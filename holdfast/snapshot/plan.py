@@ -1,119 +1,172 @@
-"""Where every byte of a snapshot goes, and in what order it is copied. Pure, but for the views of live tensors."""
+"""What can be restored from memory, decided from the survivors' own words.
+
+`plan_restore` is pure. It is given what every reachable keeper says it holds and returns the newest step that is whole, or can
+be made whole from parity, and what has to be rebuilt where. No coordinator is asked, because it may be among the dead.
+"""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import Any
 
-import torch
-
-from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, owned_boxes
-from holdfast.snapshot.slots import aligned
-from holdfast.snapshot.state import Held, local_part
-
-SAMPLES = 64
-"""Elements of each tensor compared after the copy. `_foreach` and fused kernels change DTensors without counting up their
-version (torch 2.13), so versions alone would miss a mutation of sharded parameters."""
+from holdfast.snapshot.slots import SlotState
+from holdfast.snapshot.view import GroupRecord, Member
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One fragment to copy: which array, which box of it, and where in the slot it goes."""
-
-    held: Held
-    box: Box
-    offset: int
-    nbytes: int
+class SlotFound:
+    rank: int
+    index: int
+    epoch: int
+    step: int
+    world: int
+    state: SlotState
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Parts that change together: those of one parameter group. `owner` is (optimizer, group), None for what nobody changes."""
+class Survey:
+    """What one keeper says it holds: its ranks' slots, and the groups for which its parity is whole."""
 
-    owner: tuple[int, int] | None
-    parts: tuple[Part, ...]
+    member: Member
+    epoch: int
+    slots: tuple[SlotFound, ...]
+    groups: tuple[GroupRecord, ...]
 
-
-@dataclass(frozen=True)
-class CapturePlan:
-    """Where every byte of a snapshot goes; the same as long as the state's structure is."""
-
-    parts: tuple[Part, ...]
-    table: FragmentTable
-    nbytes: int
-    room_nbytes: int
-    """What the slot needs: the payload, and twice the table, which grows when CRCs are filled in."""
-
-    layout: str
-    signature: tuple[int, ...]
-    batches: tuple[Batch, ...]
-    """What the copy thread copies, in the order in which it is going to be changed."""
-
-    def is_current(self, signature: tuple[int, ...]) -> bool:
-        return self.signature == signature and all(part.held.is_current() for part in self.parts)
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Survey:
+        slots = tuple(
+            SlotFound(s["rank"], s["index"], s["epoch"], s["step"], s["world"], SlotState(s["state"])) for s in fields["slots"]
+        )
+        groups = tuple(GroupRecord.from_json(group) for group in fields["groups"])
+        return cls(Member.from_json(fields["member"]), fields["epoch"], slots, groups)
 
 
-Owners = Mapping[int, tuple[int, int]]
-"""Which optimizer and group changes a tensor, by the tensor's identity."""
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """Recompute what `lost` held, on the keeper of `host`, from these survivors."""
+
+    lost: int
+    host: int
+    group: GroupRecord
+    survivors: tuple[int, ...]
+    with_parity: tuple[int, ...]
 
 
-def plan_capture(
-    held: list[Held], rank: int, signature: tuple[int, ...] = (), owners: Owners = MappingProxyType({})
-) -> CapturePlan:
-    """Lay this rank's fragments out in a slot, each 64-byte aligned, replicated ones only where this replica owns them."""
-    parts: list[Part] = []
-    offset = 0
-    for item in held:
-        for box in owned_boxes(item.placement):
-            nbytes = box.size * ITEMSIZE[item.placement.spec.dtype]
-            parts.append(Part(item, box, offset, nbytes))
-            offset += aligned(nbytes)
-    table = FragmentTable.from_rows(_row(part, rank) for part in parts)
-    encoded = table.to_bytes()
-    layout = hashlib.blake2b(encoded, digest_size=16).hexdigest()
-    return CapturePlan(tuple(parts), table, offset, offset + 2 * len(encoded), layout, signature, batches_of(parts, owners))
+@dataclass(frozen=True, slots=True)
+class RestorePlan:
+    """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done."""
+
+    epoch: int
+    step: int
+    index: int
+    world: int
+    holders: Mapping[int, int]
+    rebuilds: tuple[Rebuild, ...]
+    protected: bool
 
 
-def batches_of(parts: Iterable[Part], owners: Owners) -> tuple[Batch, ...]:
-    """What may wait for the copy thread, by who changes it first: groups in the optimizers' order, what nobody changes last."""
-    found: dict[tuple[int, int] | None, list[Part]] = {}
-    for part in parts:
-        if part.held.lazy:
-            found.setdefault(owners.get(id(part.held.tensor)), []).append(part)
-    order = sorted(found, key=lambda owner: (owner is None, owner or ()))
-    return tuple(Batch(owner, tuple(found[owner])) for owner in order)
+Distrusted = frozenset[tuple[int, int]]
+"""(node, step) pairs whose bytes were found damaged; treated as lost."""
 
 
-def _row(part: Part, rank: int) -> Fragment:
-    spec = part.held.placement.spec
-    return Fragment(spec.name, spec.dtype, spec.shape, part.box.offset, part.box.shape, rank, part.offset, part.nbytes)
+def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()) -> tuple[RestorePlan | None, list[str]]:
+    """The newest step that can be restored, or None; and for every newer step a line saying why not."""
+    found = {
+        (slot.step, slot.epoch, slot.index) for survey in surveys for slot in survey.slots if slot.state >= SlotState.VERIFIED
+    }
+    found |= {(group.step, group.epoch, group.index) for survey in surveys for group in survey.groups}
+    reasons: list[str] = []
+    for step, epoch, index in sorted(found, reverse=True):
+        plan = _plan_for(step, epoch, index, surveys, distrusted, reasons)
+        if plan is not None:
+            return plan, reasons
+    return None, reasons
 
 
-def source_of(part: Part) -> torch.Tensor:
-    """The live elements of a part, as a view of the local tensor."""
-    return view_of(part.held.local, part.held.placement.boxes[0], part.box)
+def _plan_for(
+    step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
+) -> RestorePlan | None:
+    trusted = [survey for survey in surveys if (survey.member.node, step) not in distrusted]
+    slots = {
+        slot.rank: (survey.member.node, slot)
+        for survey in trusted
+        for slot in survey.slots
+        if (slot.step, slot.epoch) == (step, epoch) and slot.state >= SlotState.VERIFIED
+    }
+    groups = {
+        tuple(record.node for record in group.records): group
+        for survey in trusted
+        for group in survey.groups
+        if (group.step, group.epoch) == (step, epoch)
+    }
+    if not slots and not groups:
+        reasons.append(f"step {step}: the memory of every node that holds it is damaged")
+        return None
+    worlds = {slot.world for _, slot in slots.values()} | {group.world for group in groups.values()}
+    world = max(worlds)
+    holders = {rank: node for rank, (node, _) in slots.items()}
+    rebuilds: list[Rebuild] = []
+    for group in groups.values():
+        rebuilds += _rebuilds(group, holders, trusted, surveys)
+    for rebuild in rebuilds:
+        problem = _unrecoverable(rebuild)
+        if problem:
+            reasons.append(f"step {step}: {problem}")
+            return None
+        record = rebuild.group.records[rebuild.group.position(rebuild.lost)]
+        holders |= {rank.rank: rebuild.host for rank in record.ranks}
+    missing = [rank for rank in range(world) if rank not in holders]
+    if missing:
+        reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
+        return None
+    committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())
+    # A rebuilt node gets its parity back with its bytes; one that lost only its parity needs the group's protection anew.
+    have_parity = {rebuild.lost for rebuild in rebuilds} | {
+        survey.member.node for survey in trusted if any((g.step, g.epoch) == (step, epoch) for g in survey.groups)
+    }
+    whole = all(record.node in have_parity for group in groups.values() for record in group.records)
+    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed and whole)
 
 
-def view_of(local: torch.Tensor, holds: Box, box: Box) -> torch.Tensor:
-    return local if box == holds else local[box.slices(holds)]
+def _rebuilds(
+    group: GroupRecord, holders: Mapping[int, int], trusted: Sequence[Survey], all_of: Sequence[Survey]
+) -> list[Rebuild]:
+    """One rebuild for every node of the group whose ranks nobody holds."""
+    whole = [record.node for record in group.records if all(rank.rank in holders for rank in record.ranks)]
+    present = {survey.member.node: survey for survey in trusted}
+    parity = [
+        node
+        for node, survey in present.items()
+        if any((found.step, found.epoch) == (group.step, group.epoch) for found in survey.groups)
+    ]
+    # Only in its own place are a node's bytes what the layout reads: ranks that were rebuilt elsewhere are no source.
+    at_home = {record.node for record in group.records if all(holders.get(rank.rank) == record.node for rank in record.ranks)}
+    survivors = tuple(node for node in whole if node in present and node in at_home)
+    hosts = sorted(survey.member.node for survey in all_of)
+    lost = [record.node for record in group.records if record.node not in whole]
+    return [
+        Rebuild(node, node if node in hosts else hosts[place % len(hosts)], group, survivors, tuple(sorted(parity)))
+        for place, node in enumerate(lost)
+    ]
 
 
-def slot_view(body: memoryview, offset: int, nbytes: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """The bytes of one fragment in a slot as a tensor, without a copy."""
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(body, dtype=torch.uint8, count=nbytes, offset=offset).view(dtype).view(shape)
+def _unrecoverable(rebuild: Rebuild) -> str:
+    """Why a rebuild cannot work, or nothing when every stripe has k blocks left."""
+    group, layout = rebuild.group, rebuild.group.layout
+    place = {record.node: position for position, record in enumerate(group.records)}
+    for stripe in range(layout.stripes):
+        owners = layout.parity_owners(stripe)
+        data = sum(place[node] not in owners for node in rebuild.survivors)
+        parity = sum(place[node] in owners for node in rebuild.with_parity if node in place)
+        if data + parity < layout.k:
+            lost = sorted(set(place) - set(rebuild.survivors))
+            return (
+                f"nodes {lost} of a group of {layout.n} are lost, and its parity covers {group.parity}; "
+                f"stripe {stripe} has {data + parity} of the {layout.k} blocks it needs"
+            )
+    return ""
 
 
-def samples(tensor: torch.Tensor) -> torch.Tensor:
-    """A few elements of the tensor as bytes, on its own device: NaN equals itself then, and 0.0 is not -0.0."""
-    local = local_part(tensor)
-    every = max(1, local.numel() // SAMPLES)
-    if local.is_contiguous():
-        picked = local.reshape(-1)[::every]
-    else:  # the same elements in row-major order, without a copy of the whole
-        places = torch.arange(0, local.numel(), every, device=local.device)
-        picked = local[torch.unravel_index(places, local.shape)]
-    return picked.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

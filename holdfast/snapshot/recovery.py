@@ -1,14 +1,9 @@
-"""Recovery from memory: decide from the survivors' own words what can be restored, then do it.
-
-`plan_restore` is pure. It is given what every reachable keeper says it holds and returns the newest step that is whole, or can
-be made whole from parity, and what has to be rebuilt where. No coordinator is asked, because it may be among the dead.
-"""
+"""Recovery from memory, carried out: the fragments of a planned step, read from wherever their slots are, checked, copied in."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,177 +12,13 @@ import torch
 from holdfast.arrays import Box, Fragment, FragmentTable, rank_name
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, LayoutMismatch
+from holdfast.snapshot.capture_plan import slot_view, view_of
 from holdfast.snapshot.exchange import SlotReader, slot_name
-from holdfast.snapshot.plan import slot_view, view_of
-from holdfast.snapshot.slots import SlotState
+from holdfast.snapshot.plan import RestorePlan
 from holdfast.snapshot.state import Held
-from holdfast.snapshot.view import GroupRecord, Member
+from holdfast.snapshot.view import Member
 
 logger = logging.getLogger(__name__)
-
-
-# -- deciding ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SlotFound:
-    rank: int
-    index: int
-    epoch: int
-    step: int
-    world: int
-    state: SlotState
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What one keeper says it holds: its ranks' slots, and the groups for which its parity is whole."""
-
-    member: Member
-    epoch: int
-    slots: tuple[SlotFound, ...]
-    groups: tuple[GroupRecord, ...]
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Survey:
-        slots = tuple(
-            SlotFound(s["rank"], s["index"], s["epoch"], s["step"], s["world"], SlotState(s["state"])) for s in fields["slots"]
-        )
-        groups = tuple(GroupRecord.from_json(group) for group in fields["groups"])
-        return cls(Member.from_json(fields["member"]), fields["epoch"], slots, groups)
-
-
-@dataclass(frozen=True, slots=True)
-class Rebuild:
-    """Recompute what `lost` held, on the keeper of `host`, from these survivors."""
-
-    lost: int
-    host: int
-    group: GroupRecord
-    survivors: tuple[int, ...]
-    with_parity: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RestorePlan:
-    """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done."""
-
-    epoch: int
-    step: int
-    index: int
-    world: int
-    holders: Mapping[int, int]
-    rebuilds: tuple[Rebuild, ...]
-    protected: bool
-
-
-Distrusted = frozenset[tuple[int, int]]
-"""(node, step) pairs whose bytes were found damaged; treated as lost."""
-
-
-def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()) -> tuple[RestorePlan | None, list[str]]:
-    """The newest step that can be restored, or None; and for every newer step a line saying why not."""
-    found = {
-        (slot.step, slot.epoch, slot.index) for survey in surveys for slot in survey.slots if slot.state >= SlotState.VERIFIED
-    }
-    found |= {(group.step, group.epoch, group.index) for survey in surveys for group in survey.groups}
-    reasons: list[str] = []
-    for step, epoch, index in sorted(found, reverse=True):
-        plan = _plan_for(step, epoch, index, surveys, distrusted, reasons)
-        if plan is not None:
-            return plan, reasons
-    return None, reasons
-
-
-def _plan_for(
-    step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
-) -> RestorePlan | None:
-    trusted = [survey for survey in surveys if (survey.member.node, step) not in distrusted]
-    slots = {
-        slot.rank: (survey.member.node, slot)
-        for survey in trusted
-        for slot in survey.slots
-        if (slot.step, slot.epoch) == (step, epoch) and slot.state >= SlotState.VERIFIED
-    }
-    groups = {
-        tuple(record.node for record in group.records): group
-        for survey in trusted
-        for group in survey.groups
-        if (group.step, group.epoch) == (step, epoch)
-    }
-    if not slots and not groups:
-        reasons.append(f"step {step}: the memory of every node that holds it is damaged")
-        return None
-    worlds = {slot.world for _, slot in slots.values()} | {group.world for group in groups.values()}
-    world = max(worlds)
-    holders = {rank: node for rank, (node, _) in slots.items()}
-    rebuilds: list[Rebuild] = []
-    for group in groups.values():
-        rebuilds += _rebuilds(group, holders, trusted, surveys)
-    for rebuild in rebuilds:
-        problem = _unrecoverable(rebuild)
-        if problem:
-            reasons.append(f"step {step}: {problem}")
-            return None
-        record = rebuild.group.records[rebuild.group.position(rebuild.lost)]
-        holders |= {rank.rank: rebuild.host for rank in record.ranks}
-    missing = [rank for rank in range(world) if rank not in holders]
-    if missing:
-        reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
-        return None
-    committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())
-    # A rebuilt node gets its parity back with its bytes; one that lost only its parity needs the group's protection anew.
-    have_parity = {rebuild.lost for rebuild in rebuilds} | {
-        survey.member.node for survey in trusted if any((g.step, g.epoch) == (step, epoch) for g in survey.groups)
-    }
-    whole = all(record.node in have_parity for group in groups.values() for record in group.records)
-    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed and whole)
-
-
-def _rebuilds(
-    group: GroupRecord, holders: Mapping[int, int], trusted: Sequence[Survey], all_of: Sequence[Survey]
-) -> list[Rebuild]:
-    """One rebuild for every node of the group whose ranks nobody holds."""
-    whole = [record.node for record in group.records if all(rank.rank in holders for rank in record.ranks)]
-    present = {survey.member.node: survey for survey in trusted}
-    parity = [
-        node
-        for node, survey in present.items()
-        if any((found.step, found.epoch) == (group.step, group.epoch) for found in survey.groups)
-    ]
-    # Only in its own place are a node's bytes what the layout reads: ranks that were rebuilt elsewhere are no source.
-    at_home = {record.node for record in group.records if all(holders.get(rank.rank) == record.node for rank in record.ranks)}
-    survivors = tuple(node for node in whole if node in present and node in at_home)
-    hosts = sorted(survey.member.node for survey in all_of)
-    lost = [record.node for record in group.records if record.node not in whole]
-    return [
-        Rebuild(node, node if node in hosts else hosts[place % len(hosts)], group, survivors, tuple(sorted(parity)))
-        for place, node in enumerate(lost)
-    ]
-
-
-def _unrecoverable(rebuild: Rebuild) -> str:
-    """Why a rebuild cannot work, or nothing when every stripe has k blocks left."""
-    group, layout = rebuild.group, rebuild.group.layout
-    place = {record.node: position for position, record in enumerate(group.records)}
-    for stripe in range(layout.stripes):
-        owners = layout.parity_owners(stripe)
-        data = sum(place[node] not in owners for node in rebuild.survivors)
-        parity = sum(place[node] in owners for node in rebuild.with_parity if node in place)
-        if data + parity < layout.k:
-            lost = sorted(set(place) - set(rebuild.survivors))
-            return (
-                f"nodes {lost} of a group of {layout.n} are lost, and its parity covers {group.parity}; "
-                f"stripe {stripe} has {data + parity} of the {layout.k} blocks it needs"
-            )
-    return ""
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
-
-
-# -- doing ---------------------------------------------------------------------------------------------------------------
 
 
 class SlotSource:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from holdfast.arrays import FragmentTable
 from holdfast.coding import crc32c
 from holdfast.errors import ClusterError
@@ -9,33 +11,44 @@ from holdfast.snapshot.outline import CELL_NBYTES, Outline, checksum
 from holdfast.snapshot.slots import Meta, Slot, SlotState, aligned
 
 
-def seal_rank(
-    slot: Slot, table: FragmentTable, objects: dict[str, str], payload_nbytes: int, epoch: int, step: int, world: int
-) -> Outline:
-    """The slot is VERIFIED: payload, then table with CRCs and objects, then the header. Returns what its bytes are."""
-    body = slot.body
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What makes a filled slot a snapshot: the meta that goes behind its payload, and the CRCs of the payload's cells."""
+
+    payload_nbytes: int
+    meta: bytes
+    cells: tuple[int, ...]
+
+
+def summed(slot: Slot, table: FragmentTable, objects: dict[str, str], payload_nbytes: int) -> Seal:
+    """Read every byte of a filled slot once; nothing is changed yet."""
     rows = [(row.slot_offset, row.nbytes) for row in table]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     crcs = [0] * len(rows)
-    found, cells = checksum(body, [rows[place] for place in order], payload_nbytes)
+    found, cells = checksum(slot.body, [rows[place] for place in order], payload_nbytes)
     for place, crc in zip(order, found, strict=True):
         crcs[place] = crc
-    data = Meta(table.with_crcs(crcs), objects).to_bytes()
-    start = aligned(payload_nbytes)
-    if start + len(data) > slot.capacity:
-        raise ClusterError(f"rank {slot.header.rank}: table and objects of {len(data)} bytes do not fit behind the snapshot")
-    body[payload_nbytes:start] = bytes(start - payload_nbytes)
-    body[start : start + len(data)] = data
-    stop = start + len(data)
-    outline = Outline(epoch, step, stop, _continued(cells, body, payload_nbytes, stop))
+    meta = Meta(table.with_crcs(crcs), objects).to_bytes()
+    if aligned(payload_nbytes) + len(meta) > slot.capacity:
+        raise ClusterError(f"rank {slot.header.rank}: table and objects of {len(meta)} bytes do not fit behind the snapshot")
+    return Seal(payload_nbytes, meta, tuple(cells))
+
+
+def seal_rank(slot: Slot, seal: Seal, epoch: int, step: int, world: int) -> Outline:
+    """The slot is VERIFIED: payload, then table with CRCs and objects, then the header. Returns what its bytes are."""
+    body, nbytes, start = slot.body, seal.payload_nbytes, aligned(seal.payload_nbytes)
+    stop = start + len(seal.meta)
+    body[nbytes:start] = bytes(start - nbytes)
+    body[start:stop] = seal.meta
+    outline = Outline(epoch, step, stop, _continued(list(seal.cells), body, nbytes, stop))
     slot.update(
         state=SlotState.VERIFIED,
         epoch=epoch,
         step=step,
         world=world,
-        payload_nbytes=payload_nbytes,
-        meta_nbytes=len(data),
-        meta_crc32c=crc32c(data),
+        payload_nbytes=nbytes,
+        meta_nbytes=len(seal.meta),
+        meta_crc32c=crc32c(seal.meta),
     )
     return outline
 

@@ -22,6 +22,7 @@ from typing import Any
 from holdfast.arrays import FragmentTable
 from holdfast.coding import HeaderCodec, crc32c
 from holdfast.errors import CorruptData, MissingData, OutOfSharedMemory
+from holdfast.snapshot.janitor import words_for
 
 VERSION = 1
 HEADER_NBYTES = 4096
@@ -156,6 +157,11 @@ class Slot:
         page.release()
         self.header = header
 
+    def rewrite_header(self) -> None:
+        """Write the header that we know to both its places: what is on the page has been damaged."""
+        for _ in _PLACES:
+            self.write_header(self.header)
+
     def meta(self) -> Meta:
         """The checked meta of the snapshot inside. Raises CorruptData when its CRC differs from the header's."""
         start = aligned(self.header.payload_nbytes)
@@ -232,5 +238,5 @@ def _out_of_memory(path: Path, nbytes: int, error: OSError) -> OutOfSharedMemory
     return OutOfSharedMemory(
         f"cannot take {nbytes / 2**20:.1f} MiB for {path.name} in {path.parent}: {error.strerror}, {free / 2**20:.1f} MiB are "
         "free. In a container start it with --ipc=host or a larger --shm-size; or give protect(memory_dir=…) a directory with "
-        "room for two snapshots of every rank of the node"
+        f"room for two snapshots of every rank of the node{words_for(path.parent.parent.parent)}"
     )

@@ -9,56 +9,73 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from holdfast import ckpt
 from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fragments
+from holdfast.ckpt.storage import Place, is_remote, place
+from holdfast.errors import StaleEpoch
 from holdfast.events import crash_point
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Connection
 
 
-def write_checkpoint(view: View, step: int, index: int) -> tuple[Path, int]:
-    """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes."""
+def write_checkpoint(
+    view: View, step: int, index: int, is_current: Callable[[], bool] = lambda: True, *, fenced: bool = True
+) -> tuple[Place, int]:
+    """Write and commit `step` from every node's slots; returns the checkpoint's directory and its payload bytes.
+
+    The members are asked as of `view.epoch` where `fenced`, so that those which have gone on to another epoch refuse. Raises
+    StaleEpoch when `is_current` turns false before the commit: the slots may be refilled by then. What was written of a
+    checkpoint that fails is removed.
+    """
     if view.checkpoints is None:
         raise ValueError("this run has no place for checkpoints")
     there = _already_written(view.checkpoints, step)
     if there is not None:
         return there
-    connections = {member.node: _connect(member) for member in view.members}
-    try:
-        table, objects = gather(view, step, index)
+    sender = {"epoch_of_sender": view.epoch} if fenced else {}
+    with ExitStack() as stack:
+        connections = {member.node: _connect(member) for member in view.members}
+        for connection in connections.values():
+            stack.callback(connection.close)
+        table, objects = gather(view, step, index, **sender)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
-        plan = ckpt.plan_write(table, step=step, layout=layout)
+        plan = _plan(table, step, layout, view.checkpoints)
         directory = ckpt.begin(view.checkpoints, plan, secrets.token_hex(4))
         crash_point("spill.begun")
-        _everywhere(connections, "spill", table.to_bytes(), directory=str(directory), step=step, index=index, layout=layout)
-        crash_point("spill.written")
-        path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
+        try:
+            where: dict[str, Any] = {"directory": str(directory), "step": step, "index": index, "layout": layout}
+            _everywhere(connections, "spill", table.to_bytes(), **where, **sender)
+            crash_point("spill.written")
+            if not is_current():
+                raise StaleEpoch(f"epoch {view.epoch} ended while step {step} was written")
+            path = ckpt.commit(view.checkpoints, directory, plan, nodes=sorted(connections), objects=objects)
+        except BaseException:
+            # Room may be what it failed for. A reader never saw it, and the next attempt has a directory of its own.
+            ckpt.discard(directory)
+            raise
         return path, table.nbytes
-    finally:
-        for connection in connections.values():
-            connection.close()
 
 
-def _already_written(checkpoints: str, step: int) -> tuple[Path, int] | None:
+def _already_written(checkpoints: str, step: int) -> tuple[Place, int] | None:
     """The checkpoint of this step from before a recovery that trained it again: it is as good, and is never overwritten."""
-    if not Path(checkpoints).is_dir():
+    if not place(checkpoints).is_dir():
         return None
     found = [info for info in ckpt.list_steps(checkpoints) if info.step == step and ckpt.is_sound(info)]
     return (found[0].path, found[0].nbytes) if found else None
 
 
-def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
+def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
     """All distinct fragments of a committed step, and every rank's objects, told by the keepers."""
     tables: list[FragmentTable] = []
     objects: dict[int, dict[str, str]] = {}
     for member in view.members:
         connection = _connect(member)
         try:
-            header, data = connection.ask("tables", step=step, index=index)
+            header, data = connection.ask("tables", step=step, index=index, **sender)
         finally:
             connection.close()
         tables.append(FragmentTable.from_bytes(data))
@@ -66,8 +83,12 @@ def gather(view: View, step: int, index: int) -> tuple[FragmentTable, dict[int, 
     return distinct_fragments(FragmentTable.concat(tables)), objects
 
 
+def _plan(table: FragmentTable, step: int, layout: dict[str, Any], where: str | Place) -> ckpt.WritePlan:
+    return ckpt.plan_write(table, step=step, layout=layout, whole_files=is_remote(where))
+
+
 def write_part(
-    directory: Path,
+    directory: Place,
     table: FragmentTable,
     step: int,
     layout: dict[str, Any],
@@ -76,7 +97,7 @@ def write_part(
     read: Callable[[Fragment], memoryview],
 ) -> int:
     """Write the fragments that this node's ranks hold; returns the bytes written."""
-    plan = ckpt.plan_write(table, step=step, layout=layout)
+    plan = _plan(table, step, layout, directory)
     rows = [row for row in table if row.rank in ranks]
     return ckpt.write_fragments(directory, plan, node, rows, read)
 

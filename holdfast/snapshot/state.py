@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from holdfast.arrays import ArraySpec, Placement, check_name, placement_of
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import decode_object, encode_object
+from holdfast.snapshot.buckets import arrange, buckets_of, replicated
 
 RNG = "rng"
+BUCKETS = "ddp-buckets"
 """The name under which random generators are kept; not free for an object of the user's."""
 
 LARGE_TENSOR_NBYTES = 64 * 1024
@@ -75,6 +77,7 @@ class TrackedState:
         self.modules = {name: item for name, item in objects.items() if isinstance(item, nn.Module)}
         self.optimizers = {name: item for name, item in objects.items() if isinstance(item, Optimizer)}
         self.others = {n: item for n, item in objects.items() if n not in self.modules and n not in self.optimizers}
+        self.replicated = replicated(self.modules.values())
         self._named: dict[str, dict[int, tuple[str, Placement]]] = {}
         self.others_have_arrays = False
         """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
@@ -144,6 +147,9 @@ class TrackedState:
                 found[name] = encode_object(extra, name)
         for name, optimizer in self.optimizers.items():
             found[name] = encode_object(self._groups_of(name, optimizer), name)
+        arranged = [buckets_of(ddp) for ddp in self.replicated]
+        if any(arranged):
+            found[BUCKETS] = encode_object(arranged, BUCKETS)
         self.others_have_arrays = False
         for name, item in self.others.items():
             value = item.state_dict()
@@ -192,6 +198,9 @@ class TrackedState:
                 raise LayoutMismatch(f"the snapshot has no object {name!r}; it was written without it")
             item.load_state_dict(_with_large(decode_object(texts[name]), name, self._large))
         self._large = {}
+        arranged = decode_object(texts[BUCKETS]) if BUCKETS in texts else []
+        for place, ddp in enumerate(self.replicated):
+            arrange(ddp, arranged[place] if place < len(arranged) else None)
         if RNG in texts:
             _set_rng(decode_object(texts[RNG]))
 
@@ -337,6 +346,8 @@ def _check_object(name: str, item: Any) -> None:
     check_name(name)
     if name == RNG:
         raise StateError(f"protect(): the name {RNG!r} is taken by the random generators, which are captured by themselves")
+    if name == BUCKETS:
+        raise StateError(f"protect(): the name {BUCKETS!r} is taken by the order in which DDP adds gradients up")
     lacking = [method for method in ("state_dict", "load_state_dict") if not callable(getattr(item, method, None))]
     if lacking:
         raise StateError(

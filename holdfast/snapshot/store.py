@@ -14,10 +14,9 @@ from pathlib import Path
 from holdfast.arrays import FragmentTable
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, HoldfastError
-from holdfast.events import crash_point
-from holdfast.snapshot.exchange import SlotReader, parity_name, rebuild_blocks, slot_name
+from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.slots import Meta, Slot, SlotHeader, SlotState, aligned
-from holdfast.snapshot.view import GroupRecord, RankRecord, stride
+from holdfast.snapshot.view import GroupRecord, RankRecord
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,12 @@ class NodeSlots(dict[str, Slot]):
             slot.close()
         self[name] = Slot.create(self.memory / name, SlotHeader(self.job, self.node, rank, index), body_nbytes)
 
+    def discard(self, name: str) -> None:
+        """Take the slot's file away. Who has it mapped keeps what he has, and it is nobody's snapshot."""
+        slot = self.pop(name)
+        slot.path.unlink(missing_ok=True)
+        slot.close()
+
     def void(self, name: str, epoch: int) -> None:
         """Say that the slot is being filled: what it held is no longer a snapshot."""
         if name in self:
@@ -56,9 +61,7 @@ class NodeSlots(dict[str, Slot]):
         """Free the slots of all other ranks: they lived here once, and a newer step is committed without them."""
         mine = {slot_name(rank, index) for rank in ranks for index in (0, 1)} | {parity_name(0), parity_name(1)}
         for name in set(self) - mine:
-            slot = self.pop(name)
-            slot.path.unlink(missing_ok=True)
-            slot.close()
+            self.discard(name)
 
     # -- content --
 
@@ -84,7 +87,7 @@ class NodeSlots(dict[str, Slot]):
             stored = slot.body[row * group.block_nbytes : (row + 1) * group.block_nbytes]
             return known[row] if row in known else crc32c(stored)
 
-        rows = {f"row-{row}": f"{crc_of(row):08x}" for row in range(group.parity)}
+        rows = {row_name(row): f"{crc_of(row):08x}" for row in range(group.parity)}
         data = Meta(FragmentTable.from_rows([]), {"group": json.dumps(group.to_json()), **rows}).to_bytes()
         start = aligned(size)
         slot.body[start : start + len(data)] = data
@@ -98,57 +101,13 @@ class NodeSlots(dict[str, Slot]):
             meta_crc32c=crc32c(data),
         )
 
-    def rebuild(
-        self,
-        group: GroupRecord,
-        lost: int,
-        readers: Mapping[int, SlotReader],
-        with_data: frozenset[int],
-        with_parity: frozenset[int],
-    ) -> int:
-        """Recompute what node `lost` held, into slots here, and check every byte; returns the bytes. Closes the readers.
-
-        Raises MissingData where too little survives, and CorruptData when what survives is damaged.
-        """
-        record = next(record for record in group.records if record.node == lost)
-        # Parity that outlived the node's bytes stays where it is: another node may be reading it for a rebuild of its own.
-        parity_too = lost == self.node and lost not in with_parity
-        fresh: dict[str, Slot] = {}
-        with self.lock:
-            for rank in record.ranks:
-                name = slot_name(rank.rank, group.index)
-                header = SlotHeader(self.job, self.node, rank.rank, group.index, SlotState.FILLING)
-                self[name] = fresh[name] = Slot.create(self.memory / name, header, rank.body_nbytes + META_ROOM)
-            if parity_too:
-                name = parity_name(group.index)
-                header = SlotHeader(self.job, self.node, -1, group.index, SlotState.FILLING)
-                self[name] = Slot.create(self.memory / name, header, group.parity * group.block_nbytes + META_ROOM)
-
-        def store(kind: str, offset: int, data: memoryview) -> None:
-            if kind == "parity":
-                self[parity_name(group.index)].body[offset : offset + len(data)] = data
-                return
-            base = 0
-            for rank in record.ranks:
-                start, stop = max(offset, base), min(offset + len(data), base + rank.body_nbytes)
-                if start < stop:
-                    fresh[slot_name(rank.rank, group.index)].body[start - base : stop - base] = data[
-                        start - offset : stop - offset
-                    ]
-                base += stride(rank)
-
-        try:
-            rebuild_blocks(group, lost, readers, with_data, with_parity, store, parity_too=parity_too)
-        finally:
-            for reader in readers.values():
-                reader.close()
-        crash_point("rebuild.decoded")
-        for rank in record.ranks:
-            _check_rebuilt(fresh[slot_name(rank.rank, group.index)], rank, group)
-        if parity_too:
-            self.seal_parity(group, SlotState.COMMITTED)
-        crash_point("rebuild.checked")
-        return record.nbytes
+    def damaged(self, epoch: int, step: int, index: int) -> list[str]:
+        """The slots of this step that no longer hold what they held when they were sealed; reads every byte of them."""
+        return [
+            slot.path.name
+            for slot in self.of_step(step, index)
+            if slot.header.epoch == epoch and (not _rows_are_whole(slot) if slot.header.rank < 0 else _changed(slot))
+        ]
 
 
 def _adopt(memory: Path) -> dict[str, Slot]:
@@ -183,17 +142,22 @@ def group_of(slot: Slot) -> GroupRecord | None:
         return None
 
 
-def _check_rebuilt(slot: Slot, record: RankRecord, group: GroupRecord) -> None:
-    """Every byte that was decoded has the CRC it had when it was captured; only then does the header say so."""
-    fields = {"payload_nbytes": record.payload_nbytes, "meta_nbytes": record.meta_nbytes, "meta_crc32c": record.meta_crc32c}
-    slot.header = SlotHeader(
-        slot.header.job, slot.header.node, record.rank, group.index, SlotState.FILLING, sequence=slot.header.sequence, **fields
-    )
-    for row in slot.meta().table:
-        found = crc32c(slot.body[row.slot_offset : row.slot_offset + row.nbytes])
-        if found != row.crc32c:
-            raise CorruptData(
-                f"step {group.step}, rank {record.rank}, {row.array}: rebuilt bytes have crc32c {found:08x}, expected "
-                f"{row.crc32c:08x}; a survivor's memory or the network damages data"
-            )
-    slot.update(state=SlotState.COMMITTED, epoch=group.epoch, step=group.step, world=group.world)
+def row_name(row: int) -> str:
+    return f"row-{row}"
+
+
+def _changed(slot: Slot) -> bool:
+    """Some fragment, or the table of them, is not what was captured."""
+    try:
+        return any(crc32c(slot.body[row.slot_offset : row.slot_offset + row.nbytes]) != row.crc32c for row in slot.meta().table)
+    except CorruptData:
+        return True
+
+
+def _rows_are_whole(slot: Slot) -> bool:
+    """Every parity row has the CRC that it was sealed with."""
+    group = group_of(slot)
+    if group is None:
+        return False
+    size, known = group.block_nbytes, slot.meta().objects
+    return all(f"{crc32c(slot.body[row * size : (row + 1) * size]):08x}" == known[row_name(row)] for row in range(group.parity))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from holdfast.coding import RotatingLayout
+from holdfast.coding import Group, RotatingLayout, form_groups
 
 
 class _Json:
@@ -90,7 +90,8 @@ class GroupRecord(_Json):
 
 @dataclass(frozen=True, slots=True)
 class Member(_Json):
-    """A node and how its keeper is reached. `host` is equal for keepers that can map each other's memory."""
+    """A node and how its keeper is reached. `host` is equal for keepers that can map each other's memory, `domain` for nodes that
+    fail together; without one that is the host."""
 
     node: int
     host: str
@@ -99,6 +100,7 @@ class Member(_Json):
     token: str
     memory: str
     ranks: tuple[int, ...]
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,8 @@ class View(_Json):
     """The membership of one epoch and the settings that all of it shares.
 
     `committed` is the step that was restored, in slot `index`; `in_memory` that the slots hold
-    it (else their content is void), and `protected` that every node has it committed with parity.
+    it (else their content is void), and `protected` that every node has it committed with parity. `spilled` is the newest step
+    that is a checkpoint already. `grace_s` is how long a keeper that is told to end may take to commit and write the last one.
     `guests` are keepers of an earlier, larger membership: they held a part of it, and may go once something newer is committed.
     """
 
@@ -123,6 +126,8 @@ class View(_Json):
     index: int
     protected: bool
     in_memory: bool
+    spilled: int = 0
+    grace_s: float = 20.0
     guests: tuple[Member, ...] = ()
     adaptive: bool = False
     """`every` is where to begin; the coordinator's keeper changes it to what the measured cost suggests."""
@@ -131,19 +136,28 @@ class View(_Json):
     def coordinator(self) -> int:
         return min(member.node for member in self.members)
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        return tuple(member.node for member in self.members)
+
     def member(self, node: int) -> Member:
         return next(member for member in self.members if member.node == node)
 
     def group_of(self, node: int) -> tuple[int, ...]:
         """The nodes that protect each other with `node`, in order."""
-        return next(group for group in groups(tuple(member.node for member in self.members), self.group_size) if node in group)
+        return next(group.nodes for group in self.groups() if node in group.nodes)
+
+    def groups(self) -> tuple[Group, ...]:
+        """The parity groups of this membership, spread over the failure domains of its nodes; numbered as the nodes are."""
+        return groups(self.members, self.group_size, self.parity)
 
 
-def groups(nodes: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
-    """Runs of `size` nodes; what is left over joins the last run rather than stand unprotected."""
-    count = max(1, len(nodes) // size)
-    cuts = [place * size for place in range(count)] + [len(nodes)]
-    return [nodes[start:stop] for start, stop in pairwise(cuts)]
+def groups(members: Sequence[Member], size: int, parity: int) -> tuple[Group, ...]:
+    """Groups of `size` nodes spread over domains; what is left over joins the last rather than stand unprotected."""
+    labels = [member.domain or member.host for member in members]
+    # A group of one size holds at most size - 1 parities; more than that is asked of no group.
+    found = form_groups(labels, size, min(parity, size - 1))
+    return tuple(replace(group, nodes=tuple(members[place].node for place in group.nodes)) for group in found)
 
 
 def effective_parity(parity: int, members: int) -> int:

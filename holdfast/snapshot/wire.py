@@ -171,6 +171,18 @@ class Connection:
             raise _error_class(header["error"])(header["message"])
         return (header, body) if len(body) else header
 
+    def wait_for_end(self, stop: threading.Event) -> None:
+        """Block until the other side hangs up, or `stop` is set. Ask nothing over a connection that is watched."""
+        self._sock.settimeout(0.5)
+        while not stop.is_set():
+            try:
+                if not self._sock.recv(1):
+                    return
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+
     def close(self) -> None:
         self._sock.close()
 

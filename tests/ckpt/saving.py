@@ -7,11 +7,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from holdfast import ckpt
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable, flat_range_boxes, shard_box
+from holdfast.ckpt.storage import is_remote
 from holdfast.ckpt.views import contiguous_bytes
 from holdfast.coding import crc32c
 
@@ -88,19 +90,38 @@ def hold(samples: Sequence[Sample], boxes: Mapping[str, Sequence[Box]], world: i
     return Saved(FragmentTable.from_rows(rows), data)
 
 
-def write(root: Path, saved: Saved, step: int = 1, nodes: int = 2, world: int = 4, token: str = "t") -> Path:
-    plan = ckpt.plan_write(saved.table, step=step, layout={"world": world, "mesh": {"dp": world}})
+def write(
+    root: Path | str,
+    saved: Saved,
+    step: int = 1,
+    nodes: int = 2,
+    world: int = 4,
+    token: str = "t",
+    compress: Mapping[str, int] | None = None,
+    parent: ckpt.Checkpoint | None = None,
+    direct: bool = False,
+    whole_files: bool = False,
+) -> Any:
+    layout = {"world": world, "mesh": {"dp": world}, **({} if parent is None else {"parent": parent.step})}
+    whole_files = whole_files or is_remote(root)
+    plan = ckpt.plan_write(saved.table, step=step, layout=layout, whole_files=whole_files, compress=compress)
     directory = ckpt.begin(root, plan, token)
     for node in range(nodes):
-        ckpt.write_fragments(directory, plan, node, [row for row in saved.table if row.rank % nodes == node], saved.read)
+        rows = [row for row in saved.table if row.rank % nodes == node]
+        ckpt.write_fragments(directory, plan, node, rows, saved.read, parent=parent, direct=direct)
     objects = {rank: {"rng": f"[{rank},{step}]"} for rank in range(world)}
-    return ckpt.commit(root, directory, plan, nodes=range(nodes), objects=objects)
+    return ckpt.commit(root, directory, plan, nodes=range(nodes), objects=objects, parent=parent)
 
 
 def save(
-    root: Path, samples: Sequence[Sample], cuts: Mapping[str, Cuts] | Cuts = ((0, 4),), step: int = 1, world: int = 4
-) -> Path:
-    return write(root, cut(samples, cuts, world), step, world=world)
+    root: Path | str,
+    samples: Sequence[Sample],
+    cuts: Mapping[str, Cuts] | Cuts = ((0, 4),),
+    step: int = 1,
+    world: int = 4,
+    **options: Any,
+) -> Any:
+    return write(root, cut(samples, cuts, world), step, world=world, **options)
 
 
 def model(seed: int = 0) -> list[Sample]:
@@ -119,7 +140,7 @@ def model(seed: int = 0) -> list[Sample]:
     return samples
 
 
-def assert_holds(path: Path, samples: Sequence[Sample], step: int | None = None) -> None:
+def assert_holds(path: Path | str, samples: Sequence[Sample], step: int | None = None) -> None:
     """The checkpoint holds exactly these arrays, byte for byte."""
     checkpoint = ckpt.open_checkpoint(path, step)
     assert set(checkpoint.specs) == {sample.spec.name for sample in samples}

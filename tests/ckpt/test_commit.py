@@ -23,7 +23,7 @@ POINTS = [
     "ckpt.fragments_synced",
     "ckpt.journal_written",
     "ckpt.coverage_checked",
-    "ckpt.indexes_written",
+    "ckpt.files_completed",
     "ckpt.metadata_written",
     "ckpt.tables_written",
     "ckpt.synced",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,10 +18,10 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from holdfast import ckpt
-from holdfast.ckpt import lazy
+from holdfast import ckpt, events
+from holdfast.ckpt import disk, lazy
 from holdfast.ckpt.dcp import UniversalReader, UniversalWriter
-from holdfast.errors import ConfigError, StateError
+from holdfast.errors import ConfigError, StateError, StorageError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"),
@@ -272,6 +273,119 @@ def test_live_objects_are_saved_behind_the_loop(tmp_path, slow_copies):
     other, other_optimizer = build(2)
     ckpt.load({"model": other, "optim": other_optimizer}, tmp_path)
     assert_same(state_of(other, other_optimizer), before)
+
+
+OPTIMIZERS = {
+    "foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, foreach=True),
+    "fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, fused=True),
+    "one by one": lambda parameters: torch.optim.SGD(parameters, lr=0.1, foreach=False),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_capture_that_saw_an_optimizer_step_past_the_fence_is_dropped(tmp_path, slow_copies, kind):
+    """Every kind of step is seen by its traces in the tensors, should the fence ever fail."""
+    model, _ = build(1)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    train(model, optimizer)
+    response = ckpt.save_async({"model": model, "optim": optimizer}, tmp_path / "run", step=1)
+    model(torch.randn(8, WIDTH)).square().mean().backward()
+    type(optimizer).step.__wrapped__(optimizer)  # without the hooks, as nobody should
+    slow_copies.set()
+    with pytest.raises(StateError, match="changed while they were captured"):
+        response.upload_completion.result()
+    assert ckpt.latest(tmp_path / "run") is None if (tmp_path / "run").exists() else True
+
+
+def test_every_async_save_holds_the_state_of_its_own_call(tmp_path):
+    """What is remembered between saves is never what was: values, learning rates, new tensors, other objects."""
+    model, optimizer = build(1)
+    state = {"model": model, "optim": optimizer, "data": Counter(0)}
+    kept = {}
+    for step in range(1, 6):
+        train(model, optimizer)
+        optimizer.param_groups[0]["lr"] = 0.01 * step
+        state["data"].count = step
+        if step == 3:
+            model[0].weight.data = model[0].weight.data.clone() * 2  # another memory under the same parameter
+        if step == 4:
+            optimizer.state[model[0].weight]["exp_avg"] = torch.full((WIDTH, WIDTH), 7.0)
+        kept[step] = copied(state_of(model, optimizer))
+        ckpt.save_async(state, tmp_path, step=step).upload_completion.result()
+    for step, before in kept.items():
+        other, other_optimizer = build(2)
+        counter = Counter(0)
+        ckpt.load({"model": other, "optim": other_optimizer, "data": counter}, tmp_path, step=step)
+        assert_same(state_of(other, other_optimizer), before)
+        assert counter.count == step
+
+
+def test_a_save_waits_for_the_one_before_it_and_never_overwrites_its_buffers(tmp_path, monkeypatch):
+    model, optimizer = build(1)
+    go, waiting = threading.Event(), threading.Event()
+    write = disk.write_at
+
+    def held_back(*arguments):
+        waiting.set()
+        assert go.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(disk, "write_at", held_back)
+    before = copied(state_of(model, optimizer))
+    first = ckpt.save_async({"model": model, "optim": optimizer}, tmp_path, step=1)
+    assert waiting.wait(30)
+    train(model, optimizer)  # the disk is slow, and training goes on
+    second: list[object] = []
+    saving = threading.Thread(
+        target=lambda: second.append(ckpt.save_async({"model": model, "optim": optimizer}, tmp_path, step=2))
+    )
+    saving.start()
+    saving.join(0.2)
+    assert saving.is_alive(), "two saves shared their buffers"
+    go.set()
+    saving.join(30)
+    first.upload_completion.result()
+    second[0].upload_completion.result()
+    other, other_optimizer = build(2)
+    ckpt.load({"model": other, "optim": other_optimizer}, tmp_path, step=1)
+    assert_same(state_of(other, other_optimizer), before)
+
+
+def test_an_async_save_that_fails_is_told_and_training_and_the_older_step_go_on(tmp_path, monkeypatch, caplog):
+    model, optimizer = build(1)
+    state = {"model": model, "optim": optimizer}
+    before = copied(state_of(model, optimizer))
+    ckpt.save_async(state, tmp_path, step=1).upload_completion.result()
+    told: list[events.Event] = []
+    unsubscribe = events.subscribe(told.append)
+    with monkeypatch.context() as patch:
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        patch.setattr(os, "pwrite", lambda *_: (_ for _ in ()).throw(full))
+        response = ckpt.save_async(state, tmp_path, step=2)
+        train(model, optimizer)
+        with pytest.raises(StorageError, match="no space left"):
+            response.upload_completion.result()
+        train(model, optimizer)
+    unsubscribe()
+    assert "ckpt.failed" in {event.name for event in told}
+    assert "training goes on" in caplog.text
+    assert [info.step for info in ckpt.list_steps(tmp_path)] == [1]
+    ckpt.save_async(state, tmp_path, step=3).upload_completion.result()
+    other, other_optimizer = build(2)
+    ckpt.load({"model": other, "optim": other_optimizer}, tmp_path, step=1)
+    assert_same(state_of(other, other_optimizer), before)
+
+
+def test_an_incremental_save_links_what_is_frozen(tmp_path):
+    model, optimizer = build(1)
+    model[0].requires_grad_(False)
+    ckpt.save({"model": model}, tmp_path, step=1)
+    train(model, optimizer)
+    path = ckpt.save({"model": model}, tmp_path, step=2, incremental=True)
+    assert (path / "model/0.weight/c/0/0").samefile(tmp_path / "step-00000001/model/0.weight/c/0/0")
+    other, _ = build(2)
+    ckpt.load({"model": other}, tmp_path)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()))
 
 
 def test_an_optimizer_without_its_module_is_refused(tmp_path):

@@ -11,9 +11,11 @@ from holdfast.ckpt.manifest import VERSION, sha256
 from tests.ckpt.keep import KEPT
 
 
-@pytest.mark.parametrize("version", range(1, VERSION + 1))
-def test_the_kept_checkpoint_of_version(version):
-    root = KEPT / f"version-{version}"
+@pytest.mark.parametrize(
+    "name", [f"version-{number}{kind}" for number in range(1, VERSION + 1) for kind in ("", "-files", "-store")]
+)
+def test_the_kept_checkpoint_of(name):
+    root = KEPT / name
     expected = json.loads((root / "expected.json").read_text())
     checkpoint = ckpt.open_checkpoint(root)
     assert checkpoint.step == 42

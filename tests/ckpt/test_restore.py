@@ -152,6 +152,38 @@ def test_a_dry_run_writes_nothing_and_counts_the_same(tmp_path):
     assert sum(rank.nbytes for rank in dry.ranks) == dry.nbytes
 
 
+def test_a_dry_run_measures_the_storage_and_says_how_long_reading_takes(tmp_path):
+    save(tmp_path / "run", [*model(), Sample.random("model/large.weight", "float32", (900, 100))])
+    dry = ckpt.restore(tmp_path / "run", "dp=3", tmp_path / "out", dry_run=True)
+    assert dry.read_nbytes_per_s > 0
+    assert dry.estimated_s == dry.read_nbytes / dry.read_nbytes_per_s
+    assert ckpt.restore(tmp_path / "run", "dp=3", tmp_path / "out").estimated_s is None
+
+
+def test_a_dry_run_that_meets_damage_says_so(tmp_path):
+    path = save(tmp_path / "run", [Sample.random("model/large.weight", "float32", (900, 100))])
+    with open(path / "model/large.weight/c/0/0", "r+b") as file:
+        file.write(b"\xff\xfe")
+    with pytest.raises(CorruptData, match=r"model/large\.weight"):
+        ckpt.restore(tmp_path / "run", "dp=1", tmp_path / "out", dry_run=True)
+
+
+def test_replicas_are_read_once_and_each_gets_its_file(tmp_path):
+    samples = [*model(), Sample.random("model/large.weight", "float32", (900, 100))]
+    save(tmp_path / "run", samples)
+    once = ckpt.restore(tmp_path / "run", "dp=2", tmp_path / "out")
+    read: list[int] = []
+    thrice = ckpt.restore(tmp_path / "run", "ddp=3,dp=2", tmp_path / "copies", progress=read.append)
+    assert thrice.read_nbytes == once.read_nbytes
+    assert sum(read) == sum(sample.spec.nbytes for sample in samples)
+    for rank in range(6):
+        copy, original = (
+            torch.load(tmp_path / place, weights_only=True)["arrays"]
+            for place in (f"copies/rank-{rank:05d}.pt", f"out/rank-{rank % 2:05d}.pt")
+        )
+        assert {name: raw(tensor) for name, tensor in copy.items()} == {name: raw(tensor) for name, tensor in original.items()}
+
+
 def test_after_an_error_the_output_is_as_it_was(tmp_path):
     path = save(tmp_path / "run", [*model(), Sample.random("model/large.weight", "float32", (900, 100))])
     with open(path / "model/large.weight/c/0/0", "r+b") as file:

@@ -17,9 +17,9 @@ import zarr
 from holdfast import ckpt
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, Fragment, FragmentTable
 from holdfast.ckpt import strips
+from holdfast.ckpt.disk import write_at
 from holdfast.ckpt.plan import WritePlan
 from holdfast.ckpt.strips import choose_layout
-from holdfast.ckpt.write import _write_segment
 from holdfast.coding import crc32c
 from holdfast.errors import ConfigError, CorruptData, LayoutMismatch, MissingData, StateError
 from tests.ckpt.saving import Sample, assert_holds, cut, flat_boxes, hold, model, save, write
@@ -126,7 +126,7 @@ def test_an_array_beyond_four_gib_is_written_and_read_sparsely(tmp_path):
     path = tmp_path / "x" / run.file
     path.parent.mkdir(parents=True)
     data = bytes(range(256)) * 8
-    _write_segment(path, run.byte_offset, memoryview(data))
+    write_at(path, run.byte_offset, memoryview(data))
     with open(path, "r+b") as file:
         file.truncate(layout.data_nbytes(2))
         file.seek(run.byte_offset)

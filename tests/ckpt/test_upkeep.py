@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from holdfast import ckpt
 from holdfast.ckpt.difference import diff
+from holdfast.ckpt.foreign.source import Source, tensor_source
+from holdfast.ckpt.importing import import_checkpoint
 from holdfast.ckpt.pruning import Retention, prune
 from holdfast.ckpt.repairing import repair
+from holdfast.ckpt.scores import best_steps
+from holdfast.cli.dispatch import main
 from holdfast.errors import ConfigError, LayoutMismatch
 from tests.ckpt.saving import Sample, model, save
 
@@ -191,3 +196,35 @@ def test_another_checkpoint_is_no_replica(twins, tmp_path):
     changed_wide = changed(WIDE, {4: 1.0})
     save(tmp_path / "drifted", [changed_wide, UNEVEN, *model()], step=8)
     assert len(repair(one, tmp_path / "drifted").lost) == 1  # its bytes are sound, but not the ones that were saved
+
+
+# -- the best ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(tmp_path) -> Path:
+    for step, loss in ((1, 3.0), (2, 1.5), (3, 1.5), (4, float("nan")), (5, 2.0)):
+        source = Source("torch", {"a/x": tensor_source("a/x", torch.ones(3))}, {"metrics": {"loss": loss, "note": "x"}})
+        import_checkpoint(source, tmp_path, step=step)
+    return tmp_path
+
+
+def test_the_best_are_those_with_the_lowest_number_and_later_wins(scored):
+    assert best_steps(scored, "metrics.loss", 2) == [3, 2]
+    assert best_steps(scored, "metrics.loss", highest=True) == [1]
+    (scored / "step-00000003/zarr.json").write_text("{}")  # what cannot be restored is not best
+    assert best_steps(scored, "metrics.loss") == [2]
+
+
+def test_a_number_that_no_step_has_is_answered_with_those_that_are_there(scored):
+    with pytest.raises(ConfigError, match=r"no step has a number 'loss' among its objects; there are: metrics\.loss"):
+        best_steps(scored, "loss")
+    with pytest.raises(ConfigError, match="1 or more"):
+        best_steps(scored, "metrics.loss", 0)
+
+
+def test_prune_keeps_the_best_from_the_command_line(scored, capsys):
+    assert main(["prune", str(scored), "--keep", "1", "--best", "1", "--by", "metrics.loss", "--yes", "--json"]) == 0
+    assert steps(scored) == [3, 5]
+    assert main(["prune", str(scored), "--best", "1"]) == 2
+    assert "--best and --by go together" in capsys.readouterr().err

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from holdfast import ckpt, cli
 from holdfast.cli.talk import parse_size, size
 from holdfast.errors import ConfigError
+from tests.ckpt import megatron_files, zero_files
 from tests.ckpt.saving import Sample, model, save
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 
 HOUSE = Path(ckpt.__file__).parents[2]
 
@@ -331,3 +335,45 @@ def test_repair_ends_with_4_when_it_could_and_0_when_it_did(run, saved, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "model/large.weight/c/0/0"
     assert call("verify", run) == 0
     assert call("repair", run, "--replica", run / "nope") == 3
+
+
+def test_convert_reads_deepspeed_and_writes_dcp(tmp_path, capsys):
+    net = torch.nn.Linear(7, 5)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(2, 7)).sum().backward()
+    optimizer.step()
+    zero_files.write(tmp_path / "ds", net, optimizer, stage=2, ranks=3, step=12)
+    found = as_json(capsys, "convert", tmp_path / "ds", tmp_path / "run", "--dry-run")
+    assert (found["kind"], found["step"], found["path"]) == ("deepspeed", 12, None)
+    assert not (tmp_path / "run").exists()
+    assert call("convert", tmp_path / "ds", tmp_path / "run") == 0
+    assert capsys.readouterr().out.strip().endswith("step-00000012")
+    assert call("convert", tmp_path / "run", tmp_path / "dcp", "--to", "dcp", "--only", "model/*") == 0
+    wanted = {"model": {"weight": torch.zeros(5, 7), "bias": torch.zeros(5)}}
+    dcp.load(wanted, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(wanted["model"]["weight"], net.weight)
+
+
+def test_convert_by_rules_says_what_it_leaves_out(tmp_path, capsys):
+    shape = megatron_files.Shape()
+    megatron_files.write(tmp_path / "megatron", megatron_files.state(shape), shape, tp=2)
+    (tmp_path / "rules.toml").write_text(megatron_files.RULES)
+    assert call("convert", tmp_path / "megatron", tmp_path / "run", "--rules", tmp_path / "rules.toml") == 0
+    assert "left out: the optimizer's state" in capsys.readouterr().err
+    assert call("show", tmp_path / "run") == 0
+    assert "wq.weight" in capsys.readouterr().out
+
+
+def test_parity_protects_and_verify_tells_repairable_from_lost(run, capsys):
+    about = as_json(capsys, "parity", f"{run}@200", "--data", 4, "--dry-run")
+    assert about["dry_run"]
+    assert call("verify", f"{run}@200") == 0
+    assert call("parity", f"{run}@200", "--data", 4) == 0
+    flip(run)
+    assert call("verify", f"{run}@200") == 4
+    assert call("repair", f"{run}@200", "--dry-run") == 4
+    assert call("repair", f"{run}@200") == 0
+    assert call("verify", run, "--all") == 0
+    capsys.readouterr()
+    assert call("repair", f"{run}@100") == 2
+    assert "has no sound parity beside it; give --replica" in capsys.readouterr().err

@@ -35,14 +35,25 @@ class Job:
     def memory(self) -> Path:
         return Path(self.env["HOLDFAST_MEMORY"])
 
-    def start(self, *arguments: str, ranks: int = 2, restarts: int = 3, out: Path | None = None, **env: str) -> Path:
+    def start(
+        self,
+        *arguments: str,
+        ranks: int = 2,
+        restarts: int = 3,
+        out: Path | None = None,
+        script: Path = SCRIPT,
+        spares: str = "",
+        **env: str,
+    ) -> Path:
+        """`spares`: under the launcher that replaces single ranks, with this choice of spares; else under torchrun alone."""
         self.results += 1
         out = out or self.place / f"out-{self.results}"
         out.mkdir(exist_ok=True)
-        command = [sys.executable, str(SCRIPT)]
+        command = [sys.executable, str(script)]
         if ranks:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-            command = [*torchrun, f"--max-restarts={restarts}", str(SCRIPT)]
+            launcher = ["-m", "holdfast.elastic.run", "--spares", spares] if spares else []
+            command = [*torchrun, f"--max-restarts={restarts}", *launcher, str(script)]
         log = (out / "log").open("w")
         process = subprocess.Popen(
             [*command, "--out", str(out), *arguments],
@@ -63,6 +74,10 @@ class Job:
         if ok:
             assert code == 0, result.log
         return result
+
+    def result(self, out: Path) -> Result:
+        """What the job that was started last has left in `out`."""
+        return Result(out, self.processes[-1].wait())
 
     def kill_keepers(self, memory: Path) -> None:
         """End every keeper that serves below `memory`."""
@@ -115,6 +130,7 @@ def isolated_environment(place: Path, memory: Path) -> dict[str, str]:
     return {
         **keep,
         "HOLDFAST_KEEPERS": "process",
+        "HOLDFAST_SCRUB_EVERY_S": "0",  # damage that a test does stays until the test's own restore finds it
         "HOLDFAST_RUNTIME": str(place / "runtime"),
         "HOLDFAST_MEMORY": str(memory),
         "PYTHONPATH": str(ROOT),

@@ -22,7 +22,12 @@ COMMIT = [
     "keeper.committing",
     "keeper.committed",
 ]
+ATTACH = ["keeper.attaching"]
+RETURN = ["keeper.returned", "keeper.fenced"]
+LEAD = ["regroup.fenced", "regroup.joined", "keeper.stopped"]
+END = ["keeper.stopping"]
 SPILL = ["spill.begun", "spill.written"]
+ALONE = ["preempt.saved", "rescue.rebuilt"]  # visited in tests/snapshot/test_last_words.py
 REBUILD = ["rebuild.decoded", "rebuild.checked"]
 
 
@@ -34,7 +39,7 @@ def schedule(job, role: str, place: int, points: list[str], nth: int = 2) -> dic
             "at": point,
             "role": role,
             "place": place,
-            "nth": 1 if point == "keeper.joined" else nth,
+            "nth": 1 if point in ("keeper.joined", "keeper.attaching") else nth,
             "once": str(job.place / "marks" / point),
         }
         for point in points
@@ -55,9 +60,42 @@ def test_a_trainer_killed_at_every_point_of_a_capture_loses_nothing(job, referen
 @pytest.mark.timeout(240)
 def test_a_node_whose_keeper_is_killed_at_every_point_of_a_commit_loses_nothing(job, references):
     arguments = ("--nodes", "2", "--steps", "60", "--follow-keeper")
-    died = job.run(*arguments, restarts=20, timeout_s=200, **schedule(job, "keeper", 1, COMMIT))
-    assert visited(job) == set(COMMIT)
+    points = [*ATTACH, *COMMIT]
+    died = job.run(*arguments, restarts=20, timeout_s=200, **schedule(job, "keeper", 1, points))
+    assert visited(job) == set(points)
     died.assert_equals(references.of("fsdp", 2, steps=60))
+
+
+EVERYWHERE = {0: [*COMMIT, *RETURN, *LEAD, *END], 1: [*COMMIT, *RETURN, *END]}
+ONCE = {0: [*RETURN, *LEAD, *END], 1: COMMIT}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "points", [pytest.param(ONCE, id="once"), pytest.param(EVERYWHERE, id="on both nodes", marks=pytest.mark.campaign)]
+)
+def test_keepers_killed_alone_at_every_point_come_back_and_no_trainer_is_restarted(job, references, points):
+    """Keepers die again and again, now one, now both at once; snapshots go on and the last step is saved."""
+    (job.place / "marks").mkdir()
+    faults = [
+        {
+            "at": point,
+            "role": "keeper",
+            "place": place,
+            "nth": 2 if point == "keeper.joined" else 1,  # the first is part of the start
+            "once": str(job.place / "marks" / f"{point}-{place}"),
+        }
+        for place in points
+        for point in points[place]
+    ]
+    place = job.place / "ckpt"
+    arguments = ("--nodes", "2", "--steps", "60", "--keep-up", "--checkpoints", str(place))
+    died = job.run(*arguments, restarts=0, timeout_s=280, HOLDFAST_FAULTS=json.dumps(faults))
+    assert visited(job) == {f"{point}-{place}" for place in points for point in points[place]}
+    died.assert_equals(references.of("fsdp", 2, steps=60))
+    assert all(facts.get("recovery") is None for facts in died.facts), "nobody had to restore anything"
+    assert [info.step for info in ckpt.list_steps(place)] == [60]
+    assert ckpt.open_checkpoint(place, 60).verify().is_whole
 
 
 def test_the_coordinator_killed_while_a_checkpoint_is_written_leaves_no_half_checkpoint(job, references):
@@ -85,4 +123,4 @@ def test_every_crash_point_of_snapshots_is_visited_here():
     named = set()
     for path in (Path(holdfast.__file__).parent / "snapshot").glob("*.py"):
         named |= set(re.findall(r'crash_point\("([^"]+)"\)', path.read_text()))
-    assert named == {*CAPTURE, *COMMIT, *SPILL, *REBUILD}
+    assert named == {*CAPTURE, *ATTACH, *COMMIT, *RETURN, *LEAD, *END, *SPILL, *REBUILD, *ALONE}

@@ -53,9 +53,13 @@ def test_a_run_in_ray_survives_a_killed_node_and_down_leaves_nothing(job, refere
     before = {path.name for path in Path("/dev/shm").iterdir()}
     try:
         # The keeper is killed with its memory and its trainer; Ray starts it again, empty, and parity fills it.
+        # Later the coordinator's keeper alone is killed: Ray brings it back, and with `--keep-up` it must be heard of again.
         lost = {"step": 6, "kind": "node", "ranks": [1], "committed": 3}
-        died = job.run("--nodes", "3", "--die", json.dumps([lost]), ranks=3, timeout_s=200, HOLDFAST_KEEPERS="ray")
+        alone = {"step": 9, "kind": "keeper", "ranks": [0], "committed": 7}
+        arguments = ("--nodes", "3", "--keep-up", "--die", json.dumps([lost, alone]))
+        died = job.run(*arguments, ranks=3, restarts=1, timeout_s=200, HOLDFAST_KEEPERS="ray")
         died.assert_equals(references.of("fsdp", 3))
+        assert "its keeper has died; it is started again" in died.log
         assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
 
         # A run that ends by an exception leaves its snapshots in the same Ray, and status tells of them.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from holdfast.kernels import INT4, ActPolicy, compress_activations
+from holdfast.kernels import INT4, OFFLOAD, ActPolicy, compress_activations
 from holdfast.kernels.testing import SaverConformance, naive_saver
 
 
@@ -51,6 +51,15 @@ class TestOffloadedCompressorOnGPU(SaverConformance):
 
     def saver(self, model: nn.Module) -> AbstractContextManager[object]:
         return compress_activations(model, ActPolicy(min_bytes=4096), offload="cpu")
+
+
+@pytest.mark.gpu
+class TestExactOffloadOnGPU(SaverConformance):
+    device = "cuda"
+    gradient_tolerance = 1e-5
+
+    def saver(self, model: nn.Module) -> AbstractContextManager[object]:
+        return compress_activations(model, ActPolicy(min_bytes=4096, default=OFFLOAD, attention=None))
 
 
 class Naive(SaverConformance):

@@ -7,8 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.errors import ConfigError
-from holdfast.kernels.lossy import LossySpec, decode_lossy, encode_lossy, spec_for_state
+from holdfast.errors import ConfigError, HoldfastError, MissingData
+from holdfast.kernels.lossy import (
+    LossySpec,
+    decode_lossy,
+    encode_lossy,
+    lossy_from_bytes,
+    lossy_to_bytes,
+    spec_for_state,
+)
+from holdfast.kernels.quant.wire import frame, unframe
 
 
 @settings(max_examples=50, deadline=None)
@@ -44,6 +52,38 @@ def test_blocks_that_miss_the_bound_are_stored_as_they_are() -> None:
     assert tight.raw_blocks.numel() == 10
     assert torch.equal(decode_lossy(tight), x)
     assert loose.nbytes < 0.4 * x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_replica_comes_back_from_its_bytes_and_every_flipped_byte_is_refused(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(0)).square().to(dtype)
+    x[1, 2] = float("nan")
+    lossy = encode_lossy(x, LossySpec(sqrt=True))
+    data = lossy_to_bytes(lossy)
+    back = lossy_from_bytes(data)
+    assert lossy.raw_blocks.tolist() == back.raw_blocks.tolist() == [1]
+    assert back.spec == lossy.spec
+    assert torch.equal(decode_lossy(back).nan_to_num(7), decode_lossy(lossy).nan_to_num(7))
+    assert lossy_to_bytes(back) == data
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << (place % 8)
+        with pytest.raises(HoldfastError):
+            lossy_from_bytes(bytes(damaged))
+        with pytest.raises(MissingData):
+            lossy_from_bytes(data[:place])
+
+
+def test_a_tensor_without_elements_or_raw_blocks_comes_back_from_its_bytes() -> None:
+    for x in (torch.empty(0, 4), torch.ones(64)):
+        assert torch.equal(decode_lossy(lossy_from_bytes(lossy_to_bytes(encode_lossy(x, LossySpec())))), x)
+
+
+@pytest.mark.parametrize("parts", [[0, 0, 0], [1, 2], "x", [10**9, 0, 0]])
+def test_a_description_that_contradicts_its_payload_is_refused(parts: object) -> None:
+    description, payload = unframe(b"HFLT", lossy_to_bytes(encode_lossy(torch.ones(64), LossySpec())), "lossy tensor")
+    with pytest.raises(HoldfastError):
+        lossy_from_bytes(frame(b"HFLT", {**description, "parts": parts}, bytes(payload)))
 
 
 def resumed_loss(transform) -> float:  # type: ignore[no-untyped-def]

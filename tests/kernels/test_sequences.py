@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -13,7 +14,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from holdfast.errors import ConfigError
-from holdfast.kernels import INT8, KIVI_KEY4, QuantSpec, dequantize, quantize
+from holdfast.kernels import (
+    INT8,
+    KIVI_KEY4,
+    KIVI_VALUE4,
+    MXINT8,
+    ActPolicy,
+    QuantSpec,
+    Rule,
+    compress_activations,
+    dequantize,
+    quantize,
+)
+from holdfast.kernels.plan import offload_cost
 from holdfast.kernels.sequences import (
     ChunkContext,
     ChunkKVStore,
@@ -25,7 +38,6 @@ from holdfast.kernels.sequences import (
     solve_budget,
 )
 from holdfast.kernels.sequences.gear import dequantize_gear, quantize_gear
-from holdfast.kernels.sequences.plan import offload_cost
 
 EXACT = KVSpec(key=None, value=None)
 
@@ -107,6 +119,79 @@ def test_packed_past_costs_little_gradient(spec: KVSpec, limit: float, ratio: fl
     assert 1e-5 < error < limit
     newest = result.kv_exact_bytes / 5
     assert result.kv_bytes - newest <= ratio * (result.kv_exact_bytes - newest)
+
+
+def saved_bytes_by_chunk(model: nn.Module, chunks: Any, store: ChunkKVStore) -> list[int]:
+    """What autograd saves for each chunk, in the order of the backward sweep."""
+    saved: list[int] = []
+
+    def loss_of(chunk: torch.Tensor, context: ChunkContext) -> torch.Tensor:
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.append(t.nbytes), t)[1], lambda t: t):
+            loss = model(chunk, context)
+        saved.append(sum(sizes))
+        return loss
+
+    chunked_backward(loss_of, chunks, store)
+    return saved[len(chunks) :]
+
+
+def test_what_a_chunk_saves_does_not_grow_with_its_past() -> None:
+    """Restored K and V of every layer, held until backward, would undo their packing."""
+    model, x = setup(torch.float32)
+    last, *_, first = saved_bytes_by_chunk(model, x.chunk(6, dim=1), ChunkKVStore())
+    assert last == first
+
+
+class Extending(Layer):
+    """Attention that is not SDPA's own: it asks for K and V, and grows with its past."""
+
+    def forward(self, x: torch.Tensor, context: ChunkContext | None) -> torch.Tensor:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(b, t, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        if context is not None:
+            k, v = context.extend(self.number, k, v)
+        future = torch.ones(t, k.shape[2], dtype=torch.bool).triu(k.shape[2] - t + 1)
+        a = (q @ k.transpose(-1, -2)).masked_fill(future, -1e9).softmax(-1) @ v
+        return x + self.out(a.transpose(1, 2).reshape(b, t, 32))
+
+
+def test_attention_of_another_kind_gets_keys_and_values_and_the_exact_gradient() -> None:
+    model, x = setup()
+    model.layers = nn.ModuleList(Extending(i) for i in range(3)).double()
+    _, exact = exact_gradient(model, x)
+    result = chunked_backward(model, x.chunk(4, dim=1), ChunkKVStore(EXACT), accumulate_in=torch.float64)
+    assert float((gradient(model) - exact).norm() / exact.norm()) < 1e-12
+    assert result.gradient_bytes == result.kv_exact_bytes * 3 // 4
+
+
+def test_a_compressor_packs_what_a_chunks_attention_saves() -> None:
+    model, x = setup(torch.float32)
+    x = torch.randn(2, 256, 32)
+    _, exact = exact_gradient(model, x)
+    compressor = compress_activations(model, ActPolicy(min_bytes=1024, rules=(Rule(op="chunk_attention", action=MXINT8),)))
+
+    def loss_of(chunk: torch.Tensor, context: ChunkContext) -> torch.Tensor:
+        with compressor:
+            return model(chunk, context)
+
+    chunked_backward(loss_of, x.chunk(2, dim=1), ChunkKVStore(EXACT))
+    assert 1e-5 < float((gradient(model) - exact).norm() / exact.norm()) < 0.02
+    rows = [row for row in compressor.report().rows if row.op == "chunk_attention"]
+    assert len(rows) == 3
+    assert all(row.bytes_after * 128 == row.bytes_before * 33 for row in rows)  # 8 bits and a byte per 32 elements
+
+
+def test_dropout_inside_attention_is_the_same_in_backward() -> None:
+    leaves = [torch.randn(1, 2, 24, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    torch.manual_seed(3)
+    F.scaled_dot_product_attention(*leaves, is_causal=True, dropout_p=0.4).sum().backward()
+    exact = [t.grad.clone() for t in leaves]
+    for t in leaves:
+        t.grad = None
+    torch.manual_seed(3)
+    chunked_backward(lambda c, ctx: ctx.attention(0, *c, dropout_p=0.4).sum(), [leaves])
+    assert all(torch.allclose(t.grad, e) for t, e in zip(leaves, exact, strict=True))
 
 
 def test_random_numbers_are_the_same_in_both_sweeps_and_the_generator_moves_on_once() -> None:
@@ -198,6 +283,27 @@ def test_low_rank_and_outliers_take_error_out_of_int4() -> None:
     assert back[0, 0, 10, 3] == 500.0
     assert torch.equal(back, dequantize_gear(quantize_gear(x, KIVI_KEY4, GearSpec(rank=4, outliers=0.01))))
     assert packed.nbytes < 0.3 * x.nbytes
+
+
+@pytest.mark.parametrize("kind", [MXINT8, QuantSpec(kind="int4", block=32)], ids=lambda spec: spec.kind)
+def test_sorted_channels_take_error_out_of_block_formats_and_come_back_in_place(kind: QuantSpec) -> None:
+    torch.manual_seed(0)
+    k, v = torch.randn(2, 4, 128, 64), torch.randn(2, 4, 128, 64)
+    k[:, :, :, ::2] *= 50  # large channels among small ones: every block holds both
+    small = torch.ones(64, dtype=torch.bool)
+    small[::2] = False
+    spec = dataclasses.replace(kind, axis=(-1,))
+    errors = []
+    for reorder in (False, True):
+        store = ChunkKVStore(KVSpec(key=spec, reorder=reorder))
+        store.append(0, k, v)
+        past = store.past(0, 1)
+        assert past is not None
+        errors.append(float((past[0] - k)[..., small].norm() / k[..., small].norm()))
+    assert errors[1] < 0.2 * errors[0]
+    assert store.nbytes == quantize(k, spec).nbytes + quantize(v, KIVI_VALUE4).nbytes + 4 * 64 * 2
+    with pytest.raises(ConfigError, match="reorder sorts channels"):
+        KVSpec(reorder=True)
 
 
 @settings(max_examples=60, deadline=None)

@@ -38,7 +38,7 @@ class Nodes:
         for link in self.links.values():
             link.close()
         self.links = {node: Link(self.place(node), node, "l", NBYTES) for node in self.keepers}
-        self.epoch = max(keeper.epoch for keeper in self.keepers.values()) + 1
+        self.epoch = max(keeper.members.epoch for keeper in self.keepers.values()) + 1
         members = tuple(replace(keeper.member, ranks=(node,)) for node, keeper in self.keepers.items())
         known = {"committed": self.step, "index": 1, "protected": True, "in_memory": True, "group_size": 8, "every": 1}
         known |= {"checkpoint_every": 0, "checkpoints": None, **fields}

@@ -22,8 +22,8 @@ from holdfast.arrays import FragmentTable
 from holdfast.objects import decode_object
 from holdfast.snapshot import capture as capture_module
 from holdfast.snapshot.capture import Capturer
+from holdfast.snapshot.capture_plan import Part, plan_capture, slot_view, source_of
 from holdfast.snapshot.fence import Fence
-from holdfast.snapshot.plan import Part, plan_capture, slot_view, source_of
 from holdfast.snapshot.state import TrackedState
 
 PATIENCE_S = 60

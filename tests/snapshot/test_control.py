@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from holdfast.snapshot.control import NBYTES, ControlPage
 
-WORDS = ("pid", "completed", "finishing", "epoch", "committed", "checkpoint", "stopped")
+WORDS = ("pid", "completed", "finishing", "epoch", "committed", "checkpoint", "stopped", "unsaved")
 
 
 def test_a_fresh_page_is_all_zero(tmp_path: Path) -> None:

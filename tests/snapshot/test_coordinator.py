@@ -22,6 +22,7 @@ from holdfast.snapshot.coordinator import (
     Encoded,
     Finishing,
     GivenUp,
+    Hurry,
     Phase,
     Protect,
     ProtocolError,
@@ -70,7 +71,7 @@ class Cluster:
             protected=protected,
         )
         self.committed, self.spilling, self.spilled, self.stopped = restored if protected else 0, None, [], False
-        self.oldest_safe = self.committed
+        self.saved, self.spill_failures = False, 0
         for node in self.nodes:
             node.progress = restored
             if restored:
@@ -99,12 +100,14 @@ class Cluster:
                 assert step > self.committed, "committed steps only grow"
                 self.committed = step
                 self.broadcast(action)
-            case Spill(step, index):
+            case Spill(step, index, delay_s):
                 assert self.spilling is None
+                assert delay_s in (0, 1, 2, 4)
+                assert self.spill_failures < 1000, "a checkpoint that always fails is tried for ever"
                 assert all((n.slots[index].step, n.slots[index].state) == (step, "committed") for n in self.nodes)
                 self.spilling = (step, index)
-            case Stop():
-                self.stopped = True
+            case Stop(saved):
+                self.stopped, self.saved = True, saved
 
     def check_announcement(self, step: int, index: int) -> None:
         assert step > 0
@@ -160,13 +163,15 @@ class Cluster:
         node.finished = True
         node.outbox.append(Finishing(node.number, node.progress, self.keep))
 
-    def end_spill(self) -> None:
+    def end_spill(self, *, ok: bool = True) -> None:
         assert self.spilling is not None
         step, index = self.spilling
         assert all((n.slots[index].step, n.slots[index].state) == (step, "committed") for n in self.nodes)
-        self.spilled.append(step)
+        if ok:
+            self.spilled.append(step)
+        self.spill_failures += not ok
         self.spilling = None
-        self.feed(SpillEnded(index))
+        self.feed(SpillEnded(index, ok))
 
 
 class Protocol(RuleBasedStateMachine):
@@ -223,9 +228,13 @@ class Protocol(RuleBasedStateMachine):
             self.cluster.answer(data.draw(st.sampled_from(able)), able=works)
 
     @precondition(lambda self: self.cluster.spilling is not None)
+    @rule(ok=st.booleans())
+    def a_checkpoint_is_written_or_fails(self, ok: bool) -> None:
+        self.cluster.end_spill(ok=ok)
+
     @rule()
-    def a_checkpoint_is_written(self) -> None:
-        self.cluster.end_spill()
+    def memory_is_in_danger(self) -> None:
+        self.cluster.feed(Hurry())
 
     @precondition(lambda self: self.ending is None)
     @rule()
@@ -259,7 +268,9 @@ class Protocol(RuleBasedStateMachine):
             run_to_the_end(self.cluster, random.Random(0), ending=self.ending)
 
 
-def run_to_the_end(cluster: Cluster, chance: random.Random, *, ending: int | None, refusals: float = 0.0) -> None:
+def run_to_the_end(
+    cluster: Cluster, chance: random.Random, *, ending: int | None, refusals: float = 0.0, full_disk: bool = False
+) -> None:
     """Play until Stop: nodes train up to `ending` and finish, every message arrives at some time."""
     ending = max(node.progress for node in cluster.nodes) + 5 if ending is None else ending
     for _ in range(20_000):
@@ -278,14 +289,15 @@ def run_to_the_end(cluster: Cluster, chance: random.Random, *, ending: int | Non
             elif not node.finished:
                 moves.append(lambda node=node: cluster.finish(node))
         if cluster.spilling is not None:
-            moves.append(cluster.end_spill)
+            moves.append(lambda: cluster.end_spill(ok=not full_disk))
         assert moves, f"nothing can happen any more and the run has not ended: {cluster.coordinator.__dict__}"
         chance.choice(moves)()
     assert cluster.stopped, f"the run never ends: {cluster.coordinator.__dict__}"
     if cluster.keep and ending > 0:
         assert cluster.committed == ending, "the last step was to be kept"
         if cluster.checkpoint_every:
-            assert cluster.spilled[-1:] == [ending] or cluster.coordinator._spilled == ending
+            assert cluster.saved == (cluster.coordinator._spilled == ending) == (not full_disk)
+            assert full_disk or cluster.spilled[-1:] == [ending]
     # Whatever is still on its way must not upset a coordinator that has stopped.
     while any(node.inbox or node.outbox for node in cluster.nodes):
         for node in cluster.nodes:
@@ -308,13 +320,14 @@ TestProtocol.settings = settings(max_examples=120, stateful_step_count=60, deadl
     keep=st.booleans(),
     steps=st.integers(1, 60),
     refusals=st.sampled_from([0.0, 0.1, 0.4]),
+    full_disk=st.booleans(),
 )
 def test_a_run_of_well_behaved_nodes_gets_on_and_ends(
-    seed: int, count: int, every: int, checkpoint_every: int, keep: bool, steps: int, refusals: float
+    seed: int, count: int, every: int, checkpoint_every: int, keep: bool, steps: int, refusals: float, full_disk: bool
 ) -> None:
     cluster = Cluster(count, every=every, checkpoint_every=checkpoint_every, keep=keep)
     cluster.feed(Begin())
-    run_to_the_end(cluster, random.Random(seed), ending=steps, refusals=refusals)
+    run_to_the_end(cluster, random.Random(seed), ending=steps, refusals=refusals, full_disk=full_disk)
 
 
 # -- single stories ------------------------------------------------------------------------------------------------------
@@ -376,7 +389,7 @@ def test_a_node_that_ends_at_another_step_does_not_keep_the_run_from_ending() ->
     coordinator.feed(Finishing(0, 10, True))
     coordinator.feed(Finishing(1, 12, True))
     actions = coordinator.feed(GivenUp(1, 1, 12, "passed", 1))
-    assert actions == [Stop()], "step 12 can never be captured by node 0"
+    assert actions == [Stop(saved=False)], "step 12 can never be captured by node 0"
 
 
 def test_a_last_step_that_always_fails_does_not_keep_the_run_from_ending() -> None:
@@ -387,13 +400,85 @@ def test_a_last_step_that_always_fails_does_not_keep_the_run_from_ending() -> No
         assert actions == [Announce(3, 0, coordinator.round)]
         assert coordinator.feed(GivenUp(0, 3, 3, "busy", coordinator.round)) == [Announce(3, 0, coordinator.round)]
         actions = coordinator.feed(GivenUp(0, 3, 3, "failed", coordinator.round))
-    assert actions == [Stop()]
+    assert actions == [Stop(saved=False)]
 
 
 def test_a_run_without_a_step_stops_at_once() -> None:
     coordinator = began(checkpoint_every=5)
     coordinator.feed(Finishing(0, 0, True))
     assert coordinator.feed(Finishing(1, 0, True)) == [Stop()]
+
+
+def commit(coordinator: Coordinator, step: int) -> list[Any]:
+    """One node fills, encodes and acknowledges what was announced; it has to be `step`."""
+    assert coordinator.step == step
+    assert coordinator.feed(Encoded(0, step, step, coordinator.round)) == [Commit(step, 1 - coordinator.index)]
+    return coordinator.feed(Acknowledged(0, step, step))
+
+
+def test_a_checkpoint_that_failed_is_tried_again_at_the_next_commit_and_then_less_and_less_often() -> None:
+    coordinator = began(nodes=1, checkpoint_every=2)
+    tried = []
+    for step in range(1, 40):
+        for action in commit(coordinator, step):
+            if isinstance(action, Spill):
+                tried.append(step)
+                coordinator.feed(SpillEnded(action.index, ok=False))
+    assert tried[:6] == [2, 3, 5, 9, 17, 33]
+
+
+def test_a_checkpoint_that_failed_does_not_count_as_written() -> None:
+    coordinator = began(nodes=1, checkpoint_every=2)
+    commit(coordinator, 1)
+    assert Spill(2, 1) in commit(coordinator, 2)
+    coordinator.feed(SpillEnded(1, ok=False))
+    assert Spill(3, 0) in commit(coordinator, 3)
+    coordinator.feed(SpillEnded(0))
+    assert not [action for action in commit(coordinator, 4) if isinstance(action, Spill) and action.step < 4]
+
+
+def test_a_last_checkpoint_that_fails_is_tried_with_pauses_and_then_the_run_is_not_called_saved() -> None:
+    coordinator = began(nodes=1, checkpoint_every=100)
+    commit(coordinator, 1)
+    coordinator.feed(GivenUp(0, 2, 1, "busy", coordinator.round))
+    assert coordinator.feed(Finishing(0, 1, True)) == [Spill(1, 0)] or coordinator._spilling == (1, 0)
+    pauses = []
+    actions = coordinator.feed(SpillEnded(0, ok=False))
+    while isinstance(actions[0], Spill):
+        pauses.append(actions[0].delay_s)
+        actions = coordinator.feed(SpillEnded(0, ok=False))
+    assert pauses == [1, 2, 4]
+    assert actions == [Stop(saved=False)]
+
+
+def test_memory_in_danger_is_written_at_once_and_once() -> None:
+    coordinator = began(nodes=1, checkpoint_every=1000)
+    assert coordinator.feed(Hurry()) == [], "nothing is committed yet"
+    commit(coordinator, 1)
+    assert coordinator.feed(Hurry()) == [Spill(1, 0)]
+    assert coordinator.feed(Hurry()) == [], "it is being written"
+    coordinator.feed(SpillEnded(0))
+    assert [action for action in commit(coordinator, 2) if isinstance(action, Spill)] == []
+
+
+def test_a_step_that_is_about_to_be_committed_is_what_is_written_in_a_hurry() -> None:
+    coordinator = began(nodes=1, checkpoint_every=1000)
+    commit(coordinator, 1)
+    coordinator.feed(Encoded(0, 2, 2, coordinator.round))
+    assert coordinator.feed(Hurry()) == [Spill(1, 0)]
+    coordinator.feed(SpillEnded(0))
+    assert Spill(2, 1) in coordinator.feed(Acknowledged(0, 2, 2))
+
+
+def test_an_epoch_goes_on_where_its_ranks_are_and_remembers_what_is_written() -> None:
+    coordinator = Coordinator(range(1), every=1, checkpoint_every=10, committed=12, index=0, spilled=10)
+    assert coordinator.feed(GivenUp(0, 11, 40, "passed", 0)) == []
+    assert coordinator.feed(Begin(44)) == [Announce(45, 1, 1)]
+
+
+def test_a_restored_step_whose_checkpoint_is_missing_is_written_first() -> None:
+    coordinator = Coordinator(range(1), every=1, checkpoint_every=10, committed=12, index=0)
+    assert coordinator.feed(Begin()) == [Spill(12, 0), Announce(13, 1, 1)]
 
 
 UNEXPECTED = [

@@ -15,9 +15,9 @@ from torch import nn
 from holdfast.arrays import FragmentTable
 from holdfast.objects import decode_object
 from holdfast.snapshot.capture import Capturer
+from holdfast.snapshot.capture_plan import slot_view
 from holdfast.snapshot.device import DeviceCopies
 from holdfast.snapshot.fence import Fence
-from holdfast.snapshot.plan import slot_view
 from holdfast.snapshot.state import TrackedState
 
 pytestmark = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -17,12 +17,12 @@ from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot import exchange
 from holdfast.snapshot.exchange import (
+    Decoder,
     NodeBytes,
     RowsInFlight,
     SlotReader,
     check_holds,
     parity_name,
-    rebuild_blocks,
     slot_name,
 )
 from holdfast.snapshot.outline import Outlines
@@ -39,6 +39,26 @@ TOKEN = "t"
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several pieces, the last one short, without large slots."""
     monkeypatch.setattr(exchange, "PIECE_NBYTES", 1000)
+
+
+def rebuild_blocks(
+    record: GroupRecord,
+    node: int,
+    readers: dict[int, SlotReader],
+    with_data: frozenset[int],
+    with_parity: frozenset[int],
+    store: Callable[[str, int, memoryview], None],
+    *,
+    parity_too: bool,
+) -> None:
+    """Every block of the node, once as a keeper decodes them alone, and piece by piece as it decodes a share for another."""
+    decoder = Decoder(record, node, readers, with_data, with_parity)
+    for stripe, kind, base in decoder.blocks():
+        if parity_too or kind == "node":
+            whole = {offset: bytes(data) for offset, data in decoder.whole(stripe)}
+            for offset, nbytes in decoder.pieces():
+                assert decoder.decode(stripe, offset, nbytes) == whole[offset]
+                store(kind, base + offset, memoryview(whole[offset]))
 
 
 class Group:

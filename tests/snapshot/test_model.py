@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.keeper import Keeper
-from holdfast.snapshot.recovery import RestorePlan, Survey, plan_restore
+from holdfast.snapshot.plan import RestorePlan, Survey, plan_restore
 from holdfast.snapshot.slots import Slot, SlotState
 from tests.snapshot.nodes import Nodes
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.snapshot.recovery import Distrusted, RestorePlan, SlotFound, Survey, plan_restore
+from holdfast.snapshot.plan import Distrusted, RestorePlan, SlotFound, Survey, plan_restore
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, effective_parity, groups
 
@@ -170,7 +170,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         for node in range(nodes):
             reached[node, step] = C if everywhere else draw(st.sampled_from([SlotState.FILLING, V, E, C, C, C]))
     # Parity exists on a node only when all of its group had been verified.
-    members = groups(tuple(range(nodes)), size)
+    members = [group.nodes for group in groups([member(node) for node in range(nodes)], size, parity)]
     for step in steps:
         for team in members:
             if any(reached[node, step] < V for node in team):

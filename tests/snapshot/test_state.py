@@ -15,7 +15,7 @@ from torch import nn
 
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import encode_object
-from holdfast.snapshot.plan import plan_capture, slot_view, source_of
+from holdfast.snapshot.capture_plan import plan_capture, slot_view, source_of
 from holdfast.snapshot.state import RNG, TrackedState, rng_states
 
 

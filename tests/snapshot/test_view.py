@@ -46,20 +46,37 @@ def test_records_come_back_from_json_equal_and_hashable(record: View | GroupReco
     assert hash(found) == hash(record)
 
 
-@given(st.lists(st.integers(0, 999), min_size=1, max_size=40, unique=True).map(sorted).map(tuple), st.integers(1, 9))
-def test_groups_split_the_nodes_in_order_and_leftovers_join_the_last(nodes: tuple[int, ...], size: int) -> None:
-    found = groups(nodes, size)
-    assert sum(found, ()) == nodes
-    assert tuple(map(len, found)) == group_sizes(len(nodes), size)
-    assert all(size <= len(group) < 2 * size for group in found) or len(found) == 1
+def cluster(count: int, domains: tuple[str, ...] = ("",)) -> list[Member]:
+    return [Member(node, "h", "a", 1, "t", "/m", (), domains[node % len(domains)]) for node in range(count)]
+
+
+@given(st.lists(st.integers(0, 999), min_size=1, max_size=40, unique=True).map(sorted), st.integers(1, 9), st.integers(0, 4))
+def test_every_node_is_in_one_group_and_leftovers_join_the_last(nodes: list[int], size: int, parity: int) -> None:
+    found = groups([Member(node, "h", "a", 1, "t", "/m", ()) for node in nodes], size, parity)
+    assert sorted(node for group in found for node in group.nodes) == nodes
+    assert tuple(len(group.nodes) for group in found) == group_sizes(len(nodes), size)
+    assert all(group.layout.m == effective_parity(parity, len(group.nodes)) for group in found if size > parity)
 
 
 @pytest.mark.parametrize(
     ("count", "size", "lengths"),
-    [(1, 4, [1]), (3, 4, [3]), (4, 4, [4]), (7, 4, [7]), (8, 4, [4, 4]), (9, 4, [4, 5]), (3, 1, [1, 1, 1])],
+    [(1, 4, [1]), (2, 4, [2]), (3, 4, [3]), (4, 4, [4]), (7, 4, [7]), (8, 4, [4, 4]), (9, 4, [4, 5]), (3, 1, [1, 1, 1])],
 )
 def test_groups_of_known_clusters(count: int, size: int, lengths: list[int]) -> None:
-    assert [len(group) for group in groups(tuple(range(count)), size)] == lengths
+    assert [len(group.nodes) for group in groups(cluster(count), size, 1)] == lengths
+
+
+def test_no_group_has_two_nodes_of_a_rack_where_racks_suffice() -> None:
+    members = cluster(8, ("rack-a", "rack-a", "rack-b", "rack-b", "rack-c", "rack-c", "rack-d", "rack-d"))
+    found = groups(members, 4, 1)
+    for group in found:
+        assert len({members[node].domain for node in group.nodes}) == 4
+        assert group.survives_domain
+
+
+def test_a_rack_with_more_nodes_than_a_group_may_lose_is_known() -> None:
+    (group,) = groups(cluster(4, ("rack-a", "rack-a", "rack-a", "rack-b")), 4, 1)
+    assert (group.crowding, group.survives_domain) == (3, False)
 
 
 @given(st.integers(0, 5), st.integers(1, 9))
@@ -83,5 +100,5 @@ def test_a_view_knows_its_coordinator_its_members_and_their_groups() -> None:
     view = View("job", 1, 5, members, 1, 2, 1, 0, None, 0, 1, True, False)
     assert view.coordinator == 3
     assert view.member(7) is members[2]
-    assert view.group_of(3) == (3, 5)
-    assert view.group_of(11) == (7, 9, 11)
+    assert view.group_of(3) == (3, 7, 11)
+    assert view.group_of(9) == (5, 9)

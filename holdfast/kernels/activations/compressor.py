@@ -8,26 +8,28 @@ TorchFunctionMode says which operation is saving. From there one chain of questi
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 from weakref import WeakValueDictionary, finalize, ref
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from holdfast.errors import ConfigError
 from holdfast.kernels._torch_private import checkpoint_is_saving, storage_key, without_torch_function
-from holdfast.kernels.activations.host import HostTier
+from holdfast.kernels.activations.host import HostPacked, HostTier, Raw
 from holdfast.kernels.activations.images import Dims, Images, Part, region_of
-from holdfast.kernels.activations.policy import KEEP, Action, ActPolicy, parse_bytes
-from holdfast.kernels.activations.provenance import is_weight, model_storages
+from holdfast.kernels.activations.policy import KEEP, OFFLOAD, Action, ActPolicy, parse_bytes
+from holdfast.kernels.activations.provenance import model_storages
 from holdfast.kernels.activations.stats import Report, Stats
-from holdfast.kernels.attention import compressed_sdpa
+from holdfast.kernels.activations.where import Saved, Where, WhereMode
 from holdfast.kernels.quant import (
     INT8,
     MASK1,
     Backend,
+    Packed,
     QuantSpec,
     RunningRange,
     RunningSpec,
@@ -36,7 +38,7 @@ from holdfast.kernels.quant import (
     quantize,
 )
 
-_WEIGHT_OPS = ("linear", "output_head", "conv1d", "conv2d", "conv3d", "embedding", "bilinear", "layer_norm", "rms_norm")
+_BY_HEAD = ("matmul", "bmm", "softmax", "scaled_dot_product_attention")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -66,8 +68,9 @@ def compress_activations(
     elements stay exact; bool masks take one bit and stay exact too.
 
     `offload="cpu"` keeps the packed bytes in pinned host memory. `sample` is the fraction of tensors whose stored error is
-    measured; with `max_error`, a module whose sampled relative error exceeds it moves from int4 to int8 and from int8 to exact
-    in the next forward. `check_inplace` raises where autograd would have: a tensor changed in place after it was saved.
+    measured, and of operations whose gradient error is: those run twice more in backward, so 0.01 costs a few percent. With
+    `max_error`, a module whose stored tensors brought about a larger mean gradient error moves from int4 to int8 and from int8
+    to exact in the next forward. `check_inplace` raises where autograd would have: a tensor changed in place after it was saved.
 
     Inside torch.utils.checkpoint the context stands aside (its hooks would disarm the checkpoint); around a checkpoint it packs
     the boundary. Under torch.compile use `compile_hooks`. After Mesa (arXiv:2111.11124), ActNN (2104.14129), GACT (2206.11357).
@@ -118,14 +121,15 @@ class Compressor:
         self.skipped_in_checkpoint = 0
         self._check_inplace, self._sample, self._max_error = check_inplace, sample, max_error
         self._min_bytes = parse_bytes(policy.min_bytes)
-        self._host = HostTier() if offload == "cpu" else None
+        self._offloads, self._host = offload == "cpu", HostTier()
         self._names = {id(module): name for name, module in model.named_modules()}
         self._actions: dict[tuple[str, str], Action] = {}
+        self._blamed: dict[str, list[torch.Tensor]] = {}
         self._running: dict[tuple[str, str, int], RunningRange] = {}
         self._stream = 0
         self._lock = threading.RLock()
         self._images, self._kept = Images(), WeakValueDictionary[Any, _Kept]()
-        self._where = _Where(self)
+        self._where = Where(self)
         self._entered: list[_Scope | None] = []
         self._wrapping: list[Any] = []
 
@@ -173,37 +177,53 @@ class Compressor:
             self._back_off(self._max_error)
 
     def _back_off(self, limit: float) -> None:
-        for (module, _), tally in self.stats.tallies.items():
-            if tally.errors and float(torch.stack(tally.errors).mean()) > limit:
+        for module, errors in self._blamed.items():
+            if float(torch.stack(errors).mean()) > limit:
                 self.backed_off[module] = self.backed_off.get(module, 0) + 1
                 self._actions = {key: action for key, action in self._actions.items() if key[0] != module}
-            tally.errors.clear()
+        self._blamed.clear()
+
+    def is_sampled(self, number: int) -> bool:
+        return bool(self._sample) and (number * 0x9E3779B1 & 0xFFFFFFFF) < self._sample * 2**32
+
+    def sampled_gradient(self, module: str, op: str, blamed: set[str], error: torch.Tensor) -> None:
+        """Takes one measurement of an operation, to be shown with it, and held against the modules that stored what it read."""
+        with self._lock:
+            self.stats.tally(module, op).gradient_errors.append(error)
+            for storer in blamed:
+                self._blamed.setdefault(storer, []).append(error)
 
     # -- forward: one saved tensor ---------------------------------------------------------------------------------------
 
-    def pack(self, t: torch.Tensor) -> _Saved:
+    def pack(self, t: torch.Tensor) -> Saved:
         """What autograd holds instead of `t`. Never holds `t` itself unless it is a leaf: that would be a cycle."""
         with without_torch_function(), torch.no_grad(), self._lock:
-            module, op = self._where.module, self._where.op
-            if type(t) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or t.layout != torch.strided:
-                return _Kept(self, t, None)
-            if self._where.is_weight(t):
-                self.stats.weights += 1
-                return _Kept(self, t, None)
-            region = region_of(t)
-            key = (storage_key(t.untyped_storage()), t._version, t.storage_offset(), region, t.dtype)
-            kept = self._kept.get(key)
-            if kept is not None:
-                self.stats.aliases += 1
-                return _Kept(self, t, kept)
-            action = self._decide(t, region, module, op)
-            if action == KEEP or region is None:
-                kept = _Kept(self, t, None)
-                if t.numel():
-                    self._count(kept, module, op, 0 if op == "compressed_sdpa" else t.nbytes, t.nbytes)
-                    self._kept[key] = kept
-                return kept
-            return self._store(t, region, action, module, op)
+            saved = self._pack(t)
+            if self._where.saved is not None:
+                self._where.saved.append(saved)
+            return saved
+
+    def _pack(self, t: torch.Tensor) -> Saved:
+        module, op = self._where.module, self._where.op
+        if type(t) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer) or t.layout != torch.strided:
+            return _Kept(self, t, None)
+        if self._where.is_weight(t):
+            self.stats.weights += 1
+            return _Kept(self, t, None)
+        region = region_of(t)
+        key = (storage_key(t.untyped_storage()), t._version, t.storage_offset(), region, t.dtype)
+        kept = self._kept.get(key)
+        if kept is not None:
+            self.stats.aliases += 1
+            return _Kept(self, t, kept)
+        action = self._decide(t, region, module, op)
+        if action == KEEP or region is None:
+            kept = _Kept(self, t, None)
+            if t.numel():
+                self._count(kept, module, op, 0 if op == "compressed_sdpa" else t.nbytes, t.nbytes)
+                self._kept[key] = kept
+            return kept
+        return self._store(t, region, action, module, op)
 
     def _decide(self, t: torch.Tensor, region: Dims | None, module: str, op: str) -> Action:
         if region is None or t.numel() == 0 or t.nbytes < self._min_bytes:
@@ -229,12 +249,12 @@ class Compressor:
             self.stats.aliases += 1
             return _Packed(self, part, t)
         sizes, strides = zip(*region, strict=True)
-        dense = t.as_strided(sizes, strides, t.storage_offset()).contiguous()
+        dense = t.detach().as_strided(sizes, strides, t.storage_offset()).contiguous()
         payload, restore = self._pack_dense(t, dense, action, module, op)
-        part = image.add(int(t.storage_offset()), region, restore)
+        part = image.add(int(t.storage_offset()), region, restore, module)
         tally = self._count(part, module, op, dense.nbytes, payload)
         self._stream += 1
-        if self._sample and (self._stream * 0x9E3779B1 & 0xFFFFFFFF) < self._sample * 2**32 and dense.is_floating_point():
+        if dense.is_floating_point() and self.is_sampled(self._stream):
             exact = dense.float()
             tally.errors.append((restore().view(sizes).float() - exact).norm() / exact.norm().clamp(min=1e-30))
         return _Packed(self, part, t)
@@ -246,20 +266,34 @@ class Compressor:
         stream = self._stream & 0xFFFFFFFF
         if isinstance(action, RunningSpec):
             kind = (module, op, self._where.next_slot())
-            running = self._running.setdefault(kind, RunningRange(_fitting(action, t.shape[-1])))
-            if dense.numel() % t.shape[-1] == 0 and t.is_contiguous():
-                running_packed = running.quantize(dense.view(-1, t.shape[-1]), seed=self.seed, stream=stream)
+            width = _head_width(t, dense, action.heads, op)
+            running = self._running.setdefault(kind, RunningRange(_fitting(action, width)))
+            if dense.numel() % width == 0:
+                running_packed = running.quantize(dense.view(-1, width), seed=self.seed, stream=stream)
                 return running_packed.nbytes, lambda: dequantize_running(running_packed).view(-1)
             action = INT8  # heads lie elsewhere in memory
+        if action == OFFLOAD:
+            raw = self._put(Raw(dense.view(-1)))
+            return raw.nbytes, partial(self._from_host, raw, dense._version)
         assert isinstance(action, QuantSpec)
         if action.axis is not None:
             raise ConfigError(f"activations are packed in memory order: use a spec without axis; got {action}")
         packed = quantize(dense.view(-1), action, seed=self.seed, stream=stream, backend=self.backend)
-        if self._host is None:
+        if not self._offloads:
             return packed.nbytes, lambda: dequantize(packed, backend=self.backend)
-        host, item = self._host, self._host.put(packed)
-        self.stats.on_host += item.nbytes
-        return item.nbytes, lambda: dequantize(host.fetch(item), backend=self.backend)
+        item = self._put(packed)
+        return item.nbytes, lambda: dequantize(cast("Packed", self._host.fetch(item)), backend=self.backend)
+
+    def _from_host(self, item: HostPacked, version: int) -> torch.Tensor:
+        values = cast("Raw", self._host.fetch(item)).values
+        is_original = item.home.type != "cuda"  # it lay in host memory already
+        if self._check_inplace and is_original and values._version != version:
+            raise _changed_in_place(values, version)
+        return values.clone()
+
+    def _put(self, value: Packed | Raw) -> HostPacked:
+        self.stats.on_host += value.nbytes
+        return self._host.put(value)
 
     def _count(self, holder: Any, module: str, op: str, before: int, after: int) -> Any:
         finalize(holder, self.stats.released, after)
@@ -267,27 +301,18 @@ class Compressor:
 
     # -- backward: one saved tensor ----------------------------------------------------------------------------------------
 
-    def unpack(self, saved: _Saved) -> torch.Tensor:
+    def unpack(self, saved: Saved) -> torch.Tensor:
         with without_torch_function(), torch.no_grad():
             return saved.tensor()
 
 
-class _Saved:
-    """What autograd holds in place of a tensor."""
-
-    __slots__ = ()
-
-    def tensor(self) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class _Kept(_Saved):
+class _Kept(Saved):
     """The tensor itself, detached so that the graph does not hold itself alive; with autograd's own check of versions."""
 
-    __slots__ = ("__weakref__", "_owner", "_same_as", "_tensor", "_version")
+    __slots__ = ("__weakref__", "_owner", "_same_as", "_tensor", "_version", "stored_by")
 
     def __init__(self, owner: Compressor, t: torch.Tensor, same_as: _Kept | None) -> None:
-        self._tensor = t if t.is_leaf else t.detach()
+        self._tensor, self.stored_by = t if t.is_leaf else t.detach(), None
         self._same_as = same_as  # holds the first keeper of this memory alive, so that it is counted once
         self._owner, self._version = owner, t._version
 
@@ -297,13 +322,13 @@ class _Kept(_Saved):
         return self._tensor
 
 
-class _Packed(_Saved):
+class _Packed(Saved):
     """A view into a packed part."""
 
-    __slots__ = ("_offset", "_original", "_owner", "_part", "_shape", "_strides", "_version")
+    __slots__ = ("_offset", "_original", "_owner", "_part", "_shape", "_strides", "_version", "stored_by")
 
     def __init__(self, owner: Compressor, part: Part, t: torch.Tensor) -> None:
-        self._owner, self._part = owner, part
+        self._owner, self._part, self.stored_by = owner, part, part.module
         self._shape, self._strides, self._offset = tuple(t.shape), t.stride(), int(t.storage_offset())
         self._original, self._version = ref(t), t._version
 
@@ -329,114 +354,15 @@ def _relaxed(action: Action, levels: int) -> Action:
     return action
 
 
+def _head_width(t: torch.Tensor, dense: torch.Tensor, heads: int, op: str) -> int:
+    """Elements after which memory starts again with the first head: those of a token, or all heads of a matrix product."""
+    if op in _BY_HEAD and t.ndim >= 3 and (t.is_contiguous() or t.transpose(-1, -2).is_contiguous()):
+        return heads * t.shape[-2] * t.shape[-1]  # (…, heads, rows, columns), or (batch * heads, rows, columns)
+    return t.shape[-1] if t.is_contiguous() else dense.shape[-1]
+
+
 def _fitting(spec: RunningSpec, width: int) -> RunningSpec:
-    return (
-        spec
-        if width % spec.heads == 0
-        else RunningSpec(heads=1, decay=spec.decay, clamp=spec.clamp, stochastic=spec.stochastic)
-    )
-
-
-class _Where:
-    """Where the forward pass is: the innermost module, the running operation, and whose memory its arguments are."""
-
-    def __init__(self, owner: Compressor) -> None:
-        self._owner = owner
-        self.modules: list[str] = []
-        self.op = ""
-        self.weights: set[int] = set()
-        self.embeddings: set[int] = set()
-        self._arguments: tuple[Any, ...] = ()
-        self._keywords: Mapping[str, Any] = {}
-        self._slots: dict[tuple[str, str], int] = {}
-        self._hooks: list[Any] = []
-
-    def watch(self, model: torch.nn.Module) -> None:
-        for module in model.modules():
-            self._hooks.append(module.register_forward_pre_hook(self.enter_module, prepend=True))
-            self._hooks.append(module.register_forward_hook(self.leave_module, always_call=True))
-
-    def unwatch(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    @property
-    def is_watching(self) -> bool:
-        return bool(self._hooks)
-
-    @property
-    def module(self) -> str:
-        return self.modules[-1] if self.modules else ""
-
-    def next_slot(self) -> int:
-        """The how-manyth tensor of this module and operation in this forward."""
-        place = (self.module, self.op)
-        self._slots[place] = self._slots.get(place, -1) + 1
-        return self._slots[place]
-
-    def enter_module(self, module: torch.nn.Module, _: Any) -> None:
-        self.modules.append(self._owner._names[id(module)])
-        self._slots = {place: n for place, n in self._slots.items() if place[0] != self.modules[-1]}
-
-    def leave_module(self, module: torch.nn.Module, _: Any, __: Any) -> None:
-        if self.modules:
-            self.modules.pop()
-
-    def run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        outer = self.op, self._arguments, self._keywords
-        self.op = getattr(func, "__name__", "")
-        self._arguments, self._keywords = args, kwargs
-        if self.op == "linear" and _storage_in(self._weight_argument(), self.embeddings):
-            self.op = "output_head"  # logits from the embedding's own weight, often without a module of their own
-        try:
-            # Not in a checkpointed region: its recomputation runs outside of this mode and has to save the same tensors.
-            if self.op == "scaled_dot_product_attention" and not checkpoint_is_saving():
-                spec = self._owner.policy.rebuilt_attention(self.module)
-                if spec is not None and self.module not in self._owner.backed_off:
-                    return self._rebuilt_attention(spec, *args, **kwargs)
-            return func(*args, **kwargs)
-        finally:
-            self.op, self._arguments, self._keywords = outer
-
-    def _rebuilt_attention(self, spec: QuantSpec, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.op = "compressed_sdpa"
-        out = compressed_sdpa(*args, **kwargs, spec=spec, backend=self._owner.backend)
-        if out.requires_grad:
-            # What SDPA would have saved; its out is counted where the next layer saves it, the codes where they are kept.
-            inputs = [args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))]
-            logsumexp = 4 * out.numel() // max(out.shape[-1], 1)
-            self._owner.stats.replaced(self.module, self.op, logsumexp + sum(t.nbytes for t in inputs))
-        return out
-
-    def is_weight(self, t: torch.Tensor) -> bool:
-        if is_weight(t, self.weights):
-            return True
-        return self.op in _WEIGHT_OPS and _shares_storage(t, self._weight_argument())
-
-    def _weight_argument(self) -> Any:
-        return self._keywords.get("weight", self._arguments[1] if len(self._arguments) > 1 else None)
-
-    def is_argument(self, t: torch.Tensor) -> bool:
-        return any(_shares_storage(t, a) for a in (*self._arguments, *self._keywords.values()))
-
-
-def _shares_storage(t: torch.Tensor, other: Any) -> bool:
-    return _storage_in(other, {storage_key(t.untyped_storage())})
-
-
-def _storage_in(t: Any, storages: set[int]) -> bool:
-    return type(t) in (torch.Tensor, torch.nn.Parameter) and storage_key(t.untyped_storage()) in storages
-
-
-class _Mode(TorchFunctionMode):
-    def __init__(self, where: _Where) -> None:
-        super().__init__()
-        self._where = where
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        return self._where.run(func, args, kwargs or {})
+    return spec if width % spec.heads == 0 else replace(spec, heads=1)
 
 
 class _Scope:
@@ -445,7 +371,7 @@ class _Scope:
     def __init__(self, owner: Compressor) -> None:
         self._owner, self._where = owner, owner._where
         self._hooks = torch.autograd.graph.saved_tensors_hooks(owner.pack, owner.unpack)
-        self._mode = _Mode(owner._where)
+        self._mode = WhereMode(owner._where)
         self._watches = False
 
     def enter(self) -> None:

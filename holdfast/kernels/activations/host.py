@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import torch
 
 from holdfast.kernels.quant import Packed
+
+
+@dataclass(frozen=True, slots=True)
+class Raw:
+    """A tensor that goes to the host as it is."""
+
+    values: torch.Tensor
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        return (self.values,)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def with_parts(self, parts: tuple[torch.Tensor, ...]) -> Raw:
+        return Raw(parts[0])
+
+
+Movable = Packed | Raw
 
 
 class HostTier:
@@ -23,7 +49,7 @@ class HostTier:
         self._next = 0
         self._lock = threading.Lock()
 
-    def put(self, packed: Packed) -> HostPacked:
+    def put(self, packed: Movable) -> HostPacked:
         with self._lock:
             item = HostPacked(self, self._next, packed.device, packed)
             self._order[self._next] = item
@@ -32,7 +58,7 @@ class HostTier:
             item.send(self._side_stream(packed.device))
         return item
 
-    def fetch(self, item: HostPacked) -> Packed:
+    def fetch(self, item: HostPacked) -> Movable:
         """The packed tensor on its device; starts fetching the one that went before it."""
         if item.home.type != "cuda":
             return item.packed
@@ -53,9 +79,9 @@ class HostTier:
 class HostPacked:
     """One packed tensor in host memory, perhaps on its way back."""
 
-    def __init__(self, tier: HostTier, index: int, home: torch.device, packed: Packed) -> None:
+    def __init__(self, tier: HostTier, index: int, home: torch.device, packed: Movable) -> None:
         self.tier, self.index, self.home, self.packed = tier, index, home, packed
-        self._back: Packed | None = None
+        self._back: Movable | None = None
         self._arrived: torch.cuda.Event | None = None
 
     @property
@@ -77,7 +103,7 @@ class HostPacked:
             self._back = _copy(self.packed, pinned=False, device=self.home)
             self._arrived = stream.record_event()
 
-    def take(self) -> Packed:
+    def take(self) -> Movable:
         packed, arrived = self._back, self._arrived
         assert packed is not None
         assert arrived is not None
@@ -89,12 +115,8 @@ class HostPacked:
         return packed
 
 
-def _copy(packed: Packed, *, pinned: bool, device: torch.device) -> Packed:
-    def copy(part: torch.Tensor | None) -> torch.Tensor | None:
-        if part is None:
-            return None
+def _copy(value: Movable, *, pinned: bool, device: torch.device) -> Movable:
+    def copy(part: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(part, device=device, pin_memory=pinned).copy_(part, non_blocking=True)
 
-    codes = copy(packed.codes)
-    assert codes is not None
-    return Packed(packed.spec, packed.shape, packed.dtype, codes, copy(packed.scales), copy(packed.minima))
+    return value.with_parts(tuple(copy(part) for part in value.parts))

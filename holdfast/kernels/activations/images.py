@@ -43,12 +43,13 @@ def span(region: Dims) -> int:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Part:
-    """One packed region of an image. `restore` returns its elements, in memory order, as a new 1-D tensor."""
+    """One packed region of an image. `restore` returns its elements, in memory order, as a new 1-D tensor; `module` stored it."""
 
     image: Image
     offset: int
     region: Dims
     restore: Callable[[], torch.Tensor]
+    module: str
 
     def covers(self, offset: int, region: Dims) -> bool:
         dense = len(self.region) == 1 and self.region[0][1] == 1
@@ -73,8 +74,8 @@ class Image:
     def find(self, offset: int, region: Dims) -> Part | None:
         return next((part for part in list(self.parts.values()) if part.covers(offset, region)), None)
 
-    def add(self, offset: int, region: Dims, restore: Callable[[], torch.Tensor]) -> Part:
-        part = Part(self, offset, region, restore)
+    def add(self, offset: int, region: Dims, restore: Callable[[], torch.Tensor], module: str) -> Part:
+        part = Part(self, offset, region, restore, module)
         self.parts[id(part)] = part
         return part
 

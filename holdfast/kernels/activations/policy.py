@@ -10,10 +10,12 @@ from typing import Literal
 from holdfast.errors import ConfigError
 from holdfast.kernels.quant import INT4, INT8, QuantSpec, RunningSpec
 
-Action = QuantSpec | RunningSpec | Literal["keep"]
+Action = QuantSpec | RunningSpec | Literal["keep", "offload"]
 
 KEEP: Literal["keep"] = "keep"
+OFFLOAD: Literal["offload"] = "offload"  # exact, in host memory
 HEADS = "*lm_head|lm_head|*.head|head|*unembed*|*output_projection|classifier"
+LOSSES = "*_loss|*cross_entropy*|log_softmax|logsumexp|kl_div"
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -35,10 +37,11 @@ class ActPolicy:
 
     Built in: what a loss saves and what enters the output head stay exact (at int8 they alone caused four fifths of the
     gradient error of a small GPT). `scaled_dot_product_attention` is replaced by `compressed_sdpa`, which stores q, k, v by
-    `attention` and rebuilds logsumexp and out from what it stored: backward then runs one more attention forward, and on a
-    trained 4-layer GPT the gradient error fell from 4.5e-3, above bfloat16's own, to 1.3e-3. A rule that matches attention
-    decides its bits, or keeps it exact. With `attention=None` the rules and `default` decide about q, k, v and out
-    too, never below 8 bits: beside an exact logsumexp, backward's row sums grow exponentially with the error of the logits.
+    `attention` and rebuilds logsumexp and out from what it stored: backward then runs one more attention forward, and the
+    gradient error of a small trained GPT falls by a third (benchmarks/results/kernels.json), more where logits are larger. A
+    rule that matches attention decides its bits, or keeps it exact. With `attention=None` the rules and `default` decide about
+    q, k, v and out too, never below 8 bits: beside an exact logsumexp, backward's row sums grow exponentially with the error of
+    the logits.
 
     Tensors below `min_bytes` stay exact.
     """
@@ -63,14 +66,19 @@ class ActPolicy:
             return KEEP
         return _safe_for_attention(self.default, op)
 
+    def guards(self) -> tuple[Rule, ...]:
+        """The built-in rules as rules, to stand before others that would match losses and heads too."""
+        heads = (Rule(module=HEADS, action=KEEP), Rule(op="output_head", action=KEEP)) if self.keep_heads else ()
+        return (Rule(op=LOSSES, action=KEEP), *heads) if self.keep_losses else heads
+
     def rebuilt_attention(self, module: str) -> QuantSpec | None:
         """How `compressed_sdpa` stores q, k and v in that module; None where attention stays torch's own."""
-        if self.attention is None or not isinstance(self.default, QuantSpec):
+        if self.attention is None:
             return None
         for rule in self.rules:
             if rule.matches(module, "scaled_dot_product_attention"):
                 return rule.action if isinstance(rule.action, QuantSpec) else None
-        return self.attention
+        return self.attention if isinstance(self.default, QuantSpec) else None
 
 
 def mixed_policy(*, attention: QuantSpec = INT8, rest: QuantSpec = INT4) -> ActPolicy:
@@ -83,7 +91,7 @@ def is_attention(op: str) -> bool:
 
 
 def is_loss(op: str) -> bool:
-    return op.endswith("_loss") or "cross_entropy" in op or op in ("log_softmax", "logsumexp", "kl_div")
+    return _matches(LOSSES, op)
 
 
 def parse_bytes(size: int | str) -> int:

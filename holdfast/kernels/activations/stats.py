@@ -15,11 +15,13 @@ class Tally:
     after: int = 0
     tensors: int = 0
     errors: list[torch.Tensor] = field(default_factory=list)  # sampled ‖x - x̂‖ / ‖x‖, on the device until asked for
+    gradient_errors: list[torch.Tensor] = field(default_factory=list)  # sampled ‖g - ĝ‖ / ‖g‖ of the operation's own gradients
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a report. `error` is the mean sampled relative error of the stored tensors, None if none was sampled."""
+    """One line of a report. `error` is the mean sampled relative error of the stored tensors, `gradient_error` that of the
+    gradients this operation computed from stored tensors, its own or another's; None if none was sampled."""
 
     module: str
     op: str
@@ -27,6 +29,7 @@ class Row:
     bytes_before: int
     bytes_after: int
     error: float | None
+    gradient_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,10 @@ class Report:
         return self.bytes_after / self.bytes_before if self.bytes_before else 1.0
 
     def __str__(self) -> str:
-        lines = [f"{'module':<32} {'op':<28} {'before':>12} {'after':>12} {'error':>9}"]
+        lines = [f"{'module':<32} {'op':<28} {'before':>12} {'after':>12} {'error':>9} {'gradient':>9}"]
         for row in self.rows:
-            error = "" if row.error is None else f"{row.error:.1e}"
-            lines.append(f"{row.module:<32} {row.op:<28} {row.bytes_before:>12,} {row.bytes_after:>12,} {error:>9}")
+            errors = " ".join(f"{'' if e is None else f'{e:.1e}':>9}" for e in (row.error, row.gradient_error))
+            lines.append(f"{row.module:<32} {row.op:<28} {row.bytes_before:>12,} {row.bytes_after:>12,} {errors}".rstrip())
         lines.append(f"{'total':<61} {self.bytes_before:>12,} {self.bytes_after:>12,}   {self.ratio:.3f}")
         return "\n".join(lines)
 
@@ -74,8 +77,11 @@ class Stats:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
+    def tally(self, module: str, op: str) -> Tally:
+        return self.tallies.setdefault((module, op), Tally())
+
     def stored(self, module: str, op: str, before: int, after: int) -> Tally:
-        tally = self.tallies.setdefault((module, op), Tally())
+        tally = self.tally(module, op)
         tally.before += before
         tally.after += after
         tally.tensors += 1
@@ -85,7 +91,7 @@ class Stats:
 
     def replaced(self, module: str, op: str, before: int) -> None:
         """An operation stored its inputs itself: `before` is what it would have saved."""
-        self.tallies.setdefault((module, op), Tally()).before += before
+        self.tally(module, op).before += before
 
     def released(self, nbytes: int) -> None:
         self.live -= nbytes
@@ -93,7 +99,8 @@ class Stats:
     def report(self) -> Report:
         """The counters as one value. Waits for the device if gradient errors were sampled."""
         rows = tuple(
-            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors)) for (module, op), t in sorted(self.tallies.items())
+            Row(module, op, t.tensors, t.before, t.after, _mean(t.errors), _mean(t.gradient_errors))
+            for (module, op), t in sorted(self.tallies.items())
         )
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         before, after = sum(r.bytes_before for r in rows), sum(r.bytes_after for r in rows)

@@ -56,15 +56,10 @@ def _engine(backend: Backend, device: torch.device, spec: QuantSpec) -> ModuleTy
         from holdfast.kernels.quant import inductor
 
         return inductor
-    if backend == "triton":
-        if not triton_is_installed():
-            raise ConfigError('backend="triton" needs the package triton: pip install "holdfast[kernels]"')
-        from holdfast.kernels.quant import triton_kernels
+    if backend == "triton" and not triton_is_installed():
+        raise ConfigError('backend="triton" needs the package triton: pip install "holdfast[kernels]"')
+    if backend == "triton" or (backend == "auto" and device.type == "cuda" and triton_is_installed()):
+        from holdfast.kernels.quant import triton_kernels, triton_rows
 
-        triton_kernels.check_supported(spec)
-        return triton_kernels
-    if backend == "auto" and device.type == "cuda" and spec.kind != "mask1" and spec.block and triton_is_installed():
-        from holdfast.kernels.quant import triton_kernels
-
-        return triton_kernels
+        return triton_rows if spec.kind == "mask1" or spec.block is None else triton_kernels
     return reference

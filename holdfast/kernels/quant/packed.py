@@ -49,11 +49,13 @@ class Packed:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Packed:
         """The same value on `device`."""
 
-        def move(part: torch.Tensor | None) -> torch.Tensor | None:
-            return None if part is None else part.to(device, non_blocking=non_blocking)
+        return self.with_parts(tuple(part.to(device, non_blocking=non_blocking) for part in self.parts))
 
-        codes = self.codes.to(device, non_blocking=non_blocking)
-        return Packed(self.spec, self.shape, self.dtype, codes, move(self.scales), move(self.minima))
+    def with_parts(self, parts: tuple[torch.Tensor, ...]) -> Packed:
+        """The same value from copies of its `parts`."""
+        codes, scales, minima = (*parts, None, None)[:3]
+        assert codes is not None
+        return Packed(self.spec, self.shape, self.dtype, codes, scales, minima)
 
 
 @dataclass(frozen=True, slots=True)

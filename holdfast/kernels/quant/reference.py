@@ -155,6 +155,5 @@ def _encode_mask(blocks: torch.Tensor, valid: torch.Tensor | None) -> Encoded:
         return codes, None, None
     x = blocks.to(torch.float32)
     amax_bits = _amax_bits(x)
-    value = torch.where(amax_bits >= b.INF_BITS, float("nan"), b.bits_float(amax_bits))
-    sign = torch.where((x < 0).any(dim=1), -1.0, 1.0)
-    return codes, value * sign, None
+    signed = torch.where((x < 0).any(dim=1), amax_bits | -0x80000000, amax_bits)
+    return codes, b.bits_float(torch.where(amax_bits >= b.INF_BITS, b.NAN_BITS, signed)), None

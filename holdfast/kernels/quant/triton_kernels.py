@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from holdfast.errors import ConfigError
 from holdfast.kernels.quant.packed import Blocking, Packed, blocking, join
 
 if TYPE_CHECKING:
@@ -22,53 +21,47 @@ if TYPE_CHECKING:
 
 ELEMENTS_PER_PROGRAM = 4096  # interpreter tests raise it: there the cost is per program, not per element
 
-_INF_BITS = tl.constexpr(0x7F800000)
-_ABS = tl.constexpr(0x7FFFFFFF)
-_TINY = tl.constexpr(2.0**-100)
+INF_BITS = tl.constexpr(0x7F800000)
+ABS = tl.constexpr(0x7FFFFFFF)
+TINY = tl.constexpr(2.0**-100)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23
-_ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SCALE = {"fp32": 0, "bf16": 1, "e8m0": 2}
-
-
-def check_supported(spec: QuantSpec) -> None:
-    """Raises ConfigError for what the kernels leave to the reference: masks, and blocks as long as a dimension."""
-    if spec.kind == "mask1" or spec.block is None:
-        raise ConfigError(f'the Triton back end packs blocks of 32 to 256 and no masks; use backend="auto" for {spec}')
+ELEMENT = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SCALE = {"fp32": 0, "bf16": 1, "e8m0": 2}
 
 
 def quantize(x: torch.Tensor, spec: QuantSpec, *, seed: int = 0, stream: int = 0) -> Packed:
     """As `reference.quantize`."""
     plan = blocking(tuple(x.shape), spec)
-    source, n_valid = _source(x, plan)
+    source, n_valid = source_of(x, plan)
     codes = torch.empty(plan.n_blocks * plan.block * spec.bits // 8, dtype=torch.uint8, device=x.device)
-    scale_dtype = (torch.float32, torch.bfloat16, torch.uint8)[_SCALE[spec.scale]]
+    scale_dtype = (torch.float32, torch.bfloat16, torch.uint8)[SCALE[spec.scale]]
     scales = torch.empty(plan.n_blocks, dtype=scale_dtype, device=x.device)
     minima = None if spec.symmetric else torch.empty_like(scales)
     if plan.n_blocks:
         rows = max(1, ELEMENTS_PER_PROGRAM // plan.block)
         _quantize_kernel[(triton.cdiv(plan.n_blocks, rows),)](
-            _bits16(source),
+            bits16(source),
             codes,
-            _bits16(scales),
-            scales if minima is None else _bits16(minima),
+            bits16(scales),
+            scales if minima is None else bits16(minima),
             n_valid,
             plan.row_len,
             plan.blocks_per_row,
             plan.n_blocks,
-            _as_int64(seed),
+            as_int64(seed),
             stream,
             ROWS=rows,
             BLOCK=plan.block,
             KIND=spec.kind,
             SYMMETRIC=spec.symmetric,
-            ELEMENT=_ELEMENT[x.dtype],
-            SCALE=_SCALE[spec.scale],
+            ELEMENT=ELEMENT[x.dtype],
+            SCALE=SCALE[spec.scale],
             STOCHASTIC=spec.rounding == "stochastic",
             TOP=spec.code_max,
             PER_BYTE=8 // spec.bits,
             PADDED_ROWS=plan.rows > 1 and plan.row_len % plan.block != 0,
             num_warps=4,
-            **_NO_FUSION,
+            **NO_FUSION,
         )
     return Packed(spec, tuple(x.shape), x.dtype, codes, scales, minima)
 
@@ -86,21 +79,21 @@ def dequantize(packed: Packed) -> torch.Tensor:
         assert packed.scales is not None  # only masks lack them
         _dequantize_kernel[(triton.cdiv(plan.n_blocks, rows),)](
             packed.codes,
-            _bits16(packed.scales),
-            packed.scales if packed.minima is None else _bits16(packed.minima),
-            _bits16(out),
+            bits16(packed.scales),
+            packed.scales if packed.minima is None else bits16(packed.minima),
+            bits16(out),
             n_out,
             plan.n_blocks,
             ROWS=rows,
             BLOCK=plan.block,
             KIND=spec.kind,
             SYMMETRIC=spec.symmetric,
-            ELEMENT=_ELEMENT[packed.dtype],
-            SCALE=_SCALE[spec.scale],
+            ELEMENT=ELEMENT[packed.dtype],
+            SCALE=SCALE[spec.scale],
             BITS=spec.bits,
             PER_BYTE=8 // spec.bits,
             num_warps=4,
-            **_NO_FUSION,
+            **NO_FUSION,
         )
     if flat or whole:
         return out.view(packed.shape)
@@ -108,25 +101,25 @@ def dequantize(packed: Packed) -> torch.Tensor:
 
 
 # Contracting x * scale + minimum into one rounding would give other bytes than the reference when scales are float32.
-_NO_FUSION: dict[str, Any] = {"enable_fp_fusion": False}
+NO_FUSION: dict[str, Any] = {"enable_fp_fusion": False}
 
 
-def _source(x: torch.Tensor, plan: Blocking) -> tuple[torch.Tensor, int]:
+def source_of(x: torch.Tensor, plan: Blocking) -> tuple[torch.Tensor, int]:
     """Contiguous elements in block order, and how many; padding inside rows is left to the kernel's masks."""
     ordered = x if plan.order is None else x.permute(plan.order)
     return ordered.contiguous(), plan.rows * plan.row_len
 
 
-def _bits16(t: torch.Tensor) -> torch.Tensor:
+def bits16(t: torch.Tensor) -> torch.Tensor:
     return t.view(torch.int16) if t.dtype == torch.bfloat16 else t
 
 
-def _as_int64(seed: int) -> int:
+def as_int64(seed: int) -> int:
     return seed - (1 << 64) if seed >= 1 << 63 else seed
 
 
 @triton.jit
-def _load_float(pointer, offsets, mask, ELEMENT: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
+def load_float(pointer, offsets, mask, ELEMENT: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton's own types
     raw = tl.load(pointer + offsets, mask=mask, other=0)
     if ELEMENT == 1:
         return (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -134,11 +127,11 @@ def _load_float(pointer, offsets, mask, ELEMENT: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def _to_bf16_bits(x):  # type: ignore[no-untyped-def]
+def to_bf16_bits(x):  # type: ignore[no-untyped-def]
     """Round to nearest even by integers; NaN stays a (quiet) NaN."""
     bits = x.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    is_nan = (bits & _ABS) > _INF_BITS
+    is_nan = (bits & ABS) > INF_BITS
     return tl.where(is_nan, 0x7FC0, rounded).to(tl.int16)
 
 
@@ -155,7 +148,7 @@ def _uniform(flat, seed, stream):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _round_codes(y, low, top, flat, seed, stream, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
+def round_codes(y, low, top, flat, seed, stream, STOCHASTIC: tl.constexpr):  # type: ignore[no-untyped-def]
     y = tl.minimum(tl.maximum(y, low), top)
     if STOCHASTIC:
         y = tl.floor(y + _uniform(flat, seed, stream))
@@ -167,7 +160,7 @@ def _round_codes(y, low, top, flat, seed, stream, STOCHASTIC: tl.constexpr):  # 
 def _fp8_encode(y):  # type: ignore[no-untyped-def]
     bits = y.to(tl.int32, bitcast=True)
     sign = (bits >> 24) & 0x80
-    magnitude = tl.minimum(bits & _ABS, 0x43E00000)
+    magnitude = tl.minimum(bits & ABS, 0x43E00000)
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - 960
     small = tl.minimum(magnitude.to(tl.float32, bitcast=True) * 512.0, 8.0)
     subnormal = ((small + _MAGIC) - _MAGIC).to(tl.int32)
@@ -201,9 +194,9 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     else:
         offsets = flat
         valid = flat < n_valid
-    x = _load_float(x_ptr, offsets, valid, ELEMENT)
-    amax_bits = tl.max(x.to(tl.int32, bitcast=True) & _ABS, axis=1)
-    bad = amax_bits >= _INF_BITS
+    x = load_float(x_ptr, offsets, valid, ELEMENT)
+    amax_bits = tl.max(x.to(tl.int32, bitcast=True) & ABS, axis=1)
+    bad = amax_bits >= INF_BITS
     x = tl.where(bad[:, None], 0.0, x)
     if SCALE == 2:
         if KIND == "mxfp8":  # Triton chooses at compile time
@@ -215,7 +208,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
             codes = _fp8_encode(x * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[:, None])
         else:
             y = x * ((133 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
-            codes = _round_codes(y, -127.0, 127.0, flat, seed, stream, STOCHASTIC)
+            codes = round_codes(y, -127.0, 127.0, flat, seed, stream, STOCHASTIC)
         tl.store(scales_ptr + block, tl.where(bad, 255, exponent + 127).to(tl.uint8), mask=is_block)
     else:
         if SYMMETRIC:
@@ -225,7 +218,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
             smallest = tl.min(tl.where(valid, x, float("inf")), axis=1)
             largest = tl.max(tl.where(valid, x, float("-inf")), axis=1)
             small_bits = smallest.to(tl.int32, bitcast=True)
-            magnitude = small_bits & _ABS
+            magnitude = small_bits & ABS
             if SCALE == 1:
                 small_bits = tl.where(small_bits < 0, (magnitude + 0xFFFF) | -0x80000000, magnitude) & -0x10000
             small_bits = tl.where(magnitude == 0, 0, small_bits)
@@ -237,13 +230,13 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
                 tl.store(minima_ptr + block, (small_bits >> 16).to(tl.int16), mask=is_block)
             else:
                 tl.store(minima_ptr + block, smallest, mask=is_block)
-        scale = tl.maximum(spread * (1.0 / TOP), _TINY)
+        scale = tl.maximum(spread * (1.0 / TOP), TINY)
         if SCALE == 1:
             scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
-        bad = bad | (scale.to(tl.int32, bitcast=True) >= _INF_BITS)
-        scale = tl.where(bad, _TINY, scale)
+        bad = bad | (scale.to(tl.int32, bitcast=True) >= INF_BITS)
+        scale = tl.where(bad, TINY, scale)
         inverse = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), scale)
-        codes = _round_codes(x * inverse[:, None], low, TOP + 0.0, flat, seed, stream, STOCHASTIC)
+        codes = round_codes(x * inverse[:, None], low, TOP + 0.0, flat, seed, stream, STOCHASTIC)
         codes = tl.where(bad[:, None], 0, codes)
         scale_bits = tl.where(bad, 0x7FC00000, scale.to(tl.int32, bitcast=True))
         if SCALE == 1:
@@ -301,13 +294,13 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
         else:
             values = code.to(tl.float32) * 0.015625 * scale
     else:
-        scale = _load_float(scales_ptr, block, is_block, SCALE)
+        scale = load_float(scales_ptr, block, is_block, SCALE)
         values = code.to(tl.float32) * scale[:, None]
         if not SYMMETRIC:
-            values = values + _load_float(minima_ptr, block, is_block, SCALE)[:, None]
+            values = values + load_float(minima_ptr, block, is_block, SCALE)[:, None]
     valid = flat < n_out
     if ELEMENT == 1:
-        tl.store(out_ptr + flat, _to_bf16_bits(values), mask=valid)
+        tl.store(out_ptr + flat, to_bf16_bits(values), mask=valid)
     elif ELEMENT == 2:
         tl.store(out_ptr + flat, values.to(tl.float16), mask=valid)
     else:

@@ -40,7 +40,7 @@ _SCALE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "e8m0": torch.ui
 def to_bytes(packed: Packed) -> bytes:
     """The value in the layout above; copies device tensors to the host and waits for them."""
     names = ("codes", "scales", "minima")
-    parts = {name: _raw(part) for name in names if (part := getattr(packed, name)) is not None}
+    parts = {name: raw_bytes(part) for name in names if (part := getattr(packed, name)) is not None}
     spec = asdict(packed.spec)
     spec["axis"] = None if packed.spec.axis is None else list(packed.spec.axis)
     description = {
@@ -49,10 +49,7 @@ def to_bytes(packed: Packed) -> bytes:
         "dtype": str(packed.dtype).removeprefix("torch."),
         "parts": {name: len(raw) for name, raw in parts.items()},
     }
-    text = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
-    payload = b"".join(parts.values())
-    head = _HEAD.pack(MAGIC, VERSION, 0, len(text), len(payload), zlib.crc32(text), zlib.crc32(payload))
-    return head + struct.pack("<I", zlib.crc32(head)) + text + payload
+    return frame(MAGIC, description, b"".join(parts.values()))
 
 
 def from_bytes(data: bytes | memoryview) -> Packed:
@@ -61,30 +58,42 @@ def from_bytes(data: bytes | memoryview) -> Packed:
     Raises MissingData for bytes that end early, CorruptData where a CRC disagrees or a description contradicts its payload,
     UnsupportedFormat for another magic or version. Every length is checked before it is believed.
     """
+    return _rebuild(*unframe(MAGIC, data, "packed tensor"))
+
+
+def frame(magic: bytes, description: dict[str, Any], payload: bytes) -> bytes:
+    """A description and a payload behind a checked header."""
+    text = json.dumps(description, sort_keys=True, separators=(",", ":")).encode()
+    head = _HEAD.pack(magic, VERSION, 0, len(text), len(payload), zlib.crc32(text), zlib.crc32(payload))
+    return head + struct.pack("<I", zlib.crc32(head)) + text + payload
+
+
+def unframe(magic: bytes, data: bytes | memoryview, what: str) -> tuple[dict[str, Any], memoryview]:
+    """The inverse of `frame`; `what` names the thing in errors."""
     view = memoryview(data).cast("B")
     if len(view) < _HEAD_BYTES:
-        raise MissingData(f"packed tensor: {len(view)} bytes, its header alone takes {_HEAD_BYTES}; read it again")
-    magic, version, _, n_text, n_payload, crc_text, crc_payload = _HEAD.unpack_from(view)
-    if magic != MAGIC:
-        raise UnsupportedFormat(f"not a packed tensor: it starts with {bytes(magic)!r}, expected {MAGIC!r}")
+        raise MissingData(f"{what}: {len(view)} bytes, its header alone takes {_HEAD_BYTES}; read it again")
+    found, version, _, n_text, n_payload, crc_text, crc_payload = _HEAD.unpack_from(view)
+    if found != magic:
+        raise UnsupportedFormat(f"not a {what}: it starts with {bytes(found)!r}, expected {magic!r}")
     (crc_head,) = struct.unpack_from("<I", view, _HEAD.size)
-    _check_crc("header", view[: _HEAD.size], crc_head)
+    _check_crc(what, "header", view[: _HEAD.size], crc_head)
     if version != VERSION:
-        raise UnsupportedFormat(f"packed tensor version {version}; this release reads version {VERSION}")
+        raise UnsupportedFormat(f"{what} version {version}; this release reads version {VERSION}")
     end = _HEAD_BYTES + n_text + n_payload
     if len(view) != end:
         kind = MissingData if len(view) < end else CorruptData
-        raise kind(f"packed tensor: {len(view)} bytes where its header promises {end}; read it again or use a replica")
+        raise kind(f"{what}: {len(view)} bytes where its header promises {end}; read it again or use a replica")
     text, payload = view[_HEAD_BYTES : _HEAD_BYTES + n_text], view[_HEAD_BYTES + n_text :]
-    _check_crc("description", text, crc_text)
-    _check_crc("payload", payload, crc_payload)
-    return _rebuild(json.loads(bytes(text)), payload)
+    _check_crc(what, "description", text, crc_text)
+    _check_crc(what, "payload", payload, crc_payload)
+    return json.loads(bytes(text)), payload
 
 
-def _check_crc(what: str, data: memoryview, expected: int) -> None:
+def _check_crc(what: str, where: str, data: memoryview, expected: int) -> None:
     found = zlib.crc32(data)
     if found != expected:
-        raise CorruptData(f"packed tensor, {what}: crc32 {found:08x} ≠ {expected:08x}; use a replica or rebuild it from parity")
+        raise CorruptData(f"{what}, {where}: crc32 {found:08x} ≠ {expected:08x}; use a replica or rebuild it from parity")
 
 
 def _rebuild(description: dict[str, Any], payload: memoryview) -> Packed:
@@ -116,5 +125,6 @@ def _rebuild(description: dict[str, Any], payload: memoryview) -> Packed:
 _EMPTY = torch.empty(0, dtype=torch.uint8)
 
 
-def _raw(part: torch.Tensor) -> bytes:
+def raw_bytes(part: torch.Tensor) -> bytes:
+    """The elements of `part`, row by row."""
     return part.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes()

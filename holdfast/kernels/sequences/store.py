@@ -16,6 +16,7 @@ from holdfast.errors import ConfigError
 from holdfast.kernels.activations.host import HostPacked, HostTier
 from holdfast.kernels.quant import KIVI_KEY4, KIVI_VALUE4, Backend, Packed, QuantSpec, dequantize, quantize
 from holdfast.kernels.sequences.gear import GearPacked, GearSpec, dequantize_gear, quantize_gear
+from holdfast.kernels.sequences.reorder import channel_order, reordered, restored
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -24,11 +25,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KVSpec:
     """How past chunks are stored. None keeps them exact. Default: KIVI's layout (arXiv:2402.02750) at int4, keys in groups of
-    64 tokens per channel, values per token. `gear` adds a low-rank and outlier correction. `host` keeps them in host memory."""
+    64 tokens per channel, values per token. `gear` adds a low-rank and outlier correction. `reorder` sorts the channels of each
+    head by size before keys are packed: for block formats along channels, such as MXINT8 with `axis=(-1,)`, whose blocks would
+    mix large channels with small ones. `host` keeps all of it in host memory."""
 
     key: QuantSpec | None = KIVI_KEY4
     value: QuantSpec | None = KIVI_VALUE4
     gear: GearSpec | None = None
+    reorder: bool = False
     host: bool = False
 
     def __post_init__(self) -> None:
@@ -36,9 +40,25 @@ class KVSpec:
             raise ConfigError("gear corrects quantized keys and values; it needs key and value specs")
         if self.gear is not None and self.host:
             raise ConfigError("gear and host cannot be combined")
+        if self.reorder and (self.key is None or self.key.axis != (-1,) or self.key.block is None):
+            raise ConfigError(
+                f"reorder sorts channels for blocks along them: the key spec needs axis=(-1,) and a block; got {self.key}"
+            )
 
 
-Stored = torch.Tensor | Packed | HostPacked | GearPacked
+@dataclass(frozen=True, slots=True)
+class Reordered:
+    """Keys packed with their channels in another order, (heads, channels) int16."""
+
+    packed: Packed | HostPacked | GearPacked
+    order: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.order.nbytes
+
+
+Stored = torch.Tensor | Packed | HostPacked | GearPacked | Reordered
 
 
 class ChunkKVStore:
@@ -94,11 +114,20 @@ class ChunkKVStore:
         return sum(part.nbytes for chunks in self._chunks.values() for pair in chunks for part in pair)
 
     def _pack_pair(self, pair: tuple[Stored, Stored]) -> tuple[Stored, Stored]:
-        return self._pack(pair[0], self.spec.key), self._pack(pair[1], self.spec.value)
+        key, value = pair
+        if isinstance(key, torch.Tensor) and self.spec.key is not None:
+            key = self._pack_key(key, self.spec.key)
+        if isinstance(value, torch.Tensor) and self.spec.value is not None:
+            value = self._pack(value, self.spec.value)
+        return key, value
 
-    def _pack(self, x: Stored, spec: QuantSpec | None) -> Stored:
-        if not isinstance(x, torch.Tensor) or spec is None:
-            return x
+    def _pack_key(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
+        if not self.spec.reorder:
+            return self._pack(x, spec)
+        order = channel_order(x)
+        return Reordered(self._pack(reordered(x, order), spec), order)
+
+    def _pack(self, x: torch.Tensor, spec: QuantSpec) -> Packed | HostPacked | GearPacked:
         if self.spec.gear is not None:
             return quantize_gear(x, spec, self.spec.gear)
         packed = quantize(x, spec, backend=self._backend)
@@ -107,9 +136,13 @@ class ChunkKVStore:
     def _restore(self, x: Stored) -> torch.Tensor:
         if isinstance(x, torch.Tensor):
             return x
+        if isinstance(x, Reordered):
+            return restored(self._restore(x.packed), x.order)
         if isinstance(x, GearPacked):
             return dequantize_gear(x)
         if isinstance(x, HostPacked):
             assert self._host is not None
-            x = self._host.fetch(x)
+            fetched = self._host.fetch(x)
+            assert isinstance(fetched, Packed)  # nothing else was put there
+            x = fetched
         return dequantize(x, backend=self._backend)

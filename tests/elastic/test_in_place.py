@@ -1,0 +1,42 @@
+"""Recovery in place: survivors keep their processes and objects, a spare takes the dead rank's place, every bit stays the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+def deaths(*entries: dict[str, object]) -> list[str]:
+    return ["--in-place", "--die", json.dumps(entries)]
+
+
+def assert_only_replaced(died, *ranks: int) -> None:
+    """The processes of `ranks` were replaced, and those of all others have done every step since the first."""
+    fresh = {rank for rank, facts in enumerate(died.facts) if "1" not in facts["losses"]}
+    assert fresh == set(ranks)
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [("ddp", 4), ("fsdp", 2)])
+def test_a_trainer_killed_in_backward_is_replaced_in_place(job, references, layout, ranks):
+    entry = {"step": 12, "kind": "backward", "ranks": [1], "committed": 3}
+    died = job.run("--layout", layout, "--nodes", "2", *deaths(entry), ranks=ranks, restarts=0, spares="ready")
+    died.assert_equals(references.of(layout, ranks))
+    assert_only_replaced(died, 1)
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"own keeper"}
+
+
+def test_a_node_lost_with_its_memory_is_rebuilt_in_place(job, references):
+    entry = {"step": 8, "kind": "node", "ranks": [1], "committed": 3}
+    died = job.run("--nodes", "3", *deaths(entry), ranks=3, restarts=0, spares="import")
+    died.assert_equals(references.of("fsdp", 3))
+    assert_only_replaced(died, 1)
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+
+
+def test_deaths_one_after_the_other_and_without_spares_are_recovered_in_place(job, references):
+    first = {"step": 5, "kind": "trainer", "ranks": [0], "committed": 3}
+    second = {"step": 9, "kind": "trainer", "ranks": [1], "committed": 7}
+    died = job.run("--nodes", "2", *deaths(first, second), restarts=0, spares="none")
+    died.assert_equals(references.of("fsdp", 2))
+    assert_only_replaced(died, 0, 1)

@@ -1,0 +1,160 @@
+"""What the launcher decides, what the board tells whom, and that torch still has the names the communicator stands on."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import signal
+import threading
+
+import pytest
+import torch
+from torch._C._distributed_c10d import ProcessGroup
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from holdfast.elastic.board import Board, board_address, reach
+from holdfast.elastic.communicator import FORWARDED, SwapGroup
+from holdfast.elastic.run import STRIKES, Record, judge
+from holdfast.environment import Berth
+from holdfast.errors import ClusterError, ConfigError, KeeperUnreachable, StaleEpoch
+
+NOT_FORWARDED = {
+    "abort", "bound_device_id", "boxed", "get_group_store", "group_desc", "group_name", "merge_remote_group", "monitored_barrier",
+    "name", "rank", "set_timeout", "shutdown", "size", "split_group", "unbox", "use_pg_for_symm_mem_rendezvous",
+}  # fmt: skip
+"""Public names of a ProcessGroup that are no collectives, or (monitored_barrier) are gloo's own."""
+
+
+# -- judging ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_trainer_is_replaced_and_one_that_is_stopped_is_not():
+    assert judge(-signal.SIGKILL, Record(), stopping=False, replaceable=True).action == "replace"
+    assert judge(1, Record(), stopping=False, replaceable=True).action == "replace"
+    assert judge(0, Record(), stopping=False, replaceable=True).code == 0
+    assert judge(-signal.SIGTERM, Record(), stopping=False, replaceable=True).code == 128 + signal.SIGTERM
+    assert judge(-signal.SIGKILL, Record(), stopping=True, replaceable=True).action == "leave"
+
+
+def test_a_trainer_that_asks_for_a_restart_or_has_no_spare_is_left_to_torchrun():
+    assert judge(75, Record(), stopping=False, replaceable=True) == judge(75, Record(), stopping=False, replaceable=False)
+    assert judge(1, Record(), stopping=False, replaceable=False).code == 1
+
+
+def test_deaths_without_progress_count_and_progress_forgives_them():
+    record = Record()
+    for _ in range(STRIKES):
+        record = record.after_death_at(7)
+    verdict = judge(1, record, stopping=False, replaceable=True)
+    assert verdict.action == "leave"
+    assert "without a step beyond 7" in verdict.reason
+    assert judge(1, record.after_death_at(8), stopping=False, replaceable=True).action == "replace"
+
+
+# -- the board -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def board(tmp_path):
+    found = Board(str(tmp_path / "b.sock"), "secret")
+    yield found
+    found.close()
+
+
+def test_a_note_is_waited_for(board):
+    reader, writer = reach(board.address, "secret"), reach(board.address, "secret")
+    found = []
+    waiter = threading.Thread(target=lambda: found.append(bytes(reader.ask("get", key="a", epoch=0, timeout_s=60)[1])))
+    waiter.start()
+    writer.ask("set", b"here", key="a")
+    waiter.join(60)
+    assert found == [b"here"]
+    reader.close()
+    writer.close()
+
+
+def test_a_death_is_told_to_whoever_waits_in_the_old_epoch(board):
+    survivor, watcher, launcher = (reach(board.address, "secret") for _ in range(3))
+    told, refused = [], []
+
+    def wait():
+        with pytest.raises(StaleEpoch, match="rank 3 was killed") as caught:
+            survivor.ask("get", key="never", epoch=0, timeout_s=60)
+        refused.append(str(caught.value))
+
+    threads = [threading.Thread(target=wait), threading.Thread(target=lambda: told.append(watcher.ask("watch", epoch=0)))]
+    for thread in threads:
+        thread.start()
+    launcher.ask("advance", reason="rank 3 was killed by SIGKILL")
+    for thread in threads:
+        thread.join(60)
+    assert told == [{"epoch": 1, "reason": "rank 3 was killed by SIGKILL", "over": ""}]
+    assert refused
+    for connection in (survivor, watcher, launcher):
+        connection.close()
+
+
+def test_nobody_waits_for_a_rank_that_has_completed_or_never_comes(board):
+    connection = reach(board.address, "secret")
+    with pytest.raises(ClusterError, match="nobody left the note 'a'"):
+        connection.ask("get", key="a", epoch=0, timeout_s=0.01)
+    connection.ask("over", reason="rank 1 has completed the run")
+    with pytest.raises(ClusterError, match="rank 1 has completed the run"):
+        connection.ask("get", key="a", epoch=0, timeout_s=60)
+    connection.close()
+
+
+def test_a_stranger_is_turned_away(board):
+    with pytest.raises((ClusterError, KeeperUnreachable)):
+        reach(board.address, "guess", patience_s=0)
+
+
+def test_every_process_of_an_attempt_finds_the_same_board_and_another_attempt_another():
+    env = {"MASTER_ADDR": "h", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_RESTART_COUNT": "0"}
+    assert board_address(env) == board_address({**env, "RANK": "3"})
+    assert board_address(env) != board_address({**env, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert board_address({**env, "GROUP_WORLD_SIZE": "2"}) == ("h", 1)
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        board_address({**env, "GROUP_WORLD_SIZE": "2", "TORCHELASTIC_USE_AGENT_STORE": "True"})
+
+
+def test_a_berth_survives_the_environment():
+    for board in ("/tmp/b.sock", ("10.0.0.1", 29500)):
+        berth = Berth("ready", board, "secret", 5, 6, 7)
+        assert Berth.read({"HOLDFAST_BERTH": berth.to_text()}) == berth
+    assert Berth.read({}) is None
+
+
+# -- what torch has to have --------------------------------------------------------------------------------------------------
+
+
+def test_every_collective_of_torch_is_passed_on():
+    public = {name for name in dir(ProcessGroup) if not name.startswith("_") and inspect.isroutine(getattr(ProcessGroup, name))}
+    assert public - NOT_FORWARDED - set(FORWARDED) == set()
+
+
+def test_the_private_names_are_there():
+    for name in ("_register_backend", "_set_default_backend", "_set_group_name", "_get_backend"):
+        assert hasattr(ProcessGroup, name)
+    for name in (
+        "_build_params_for_reducer",
+        "_ddp_init_helper",
+        "_build_debug_param_to_name_mapping",
+        "_get_ddp_logging_data",
+    ):
+        assert hasattr(DistributedDataParallel, name)
+    assert hasattr(FSDPModule, "_get_fsdp_state")
+    assert callable(fully_shard)
+
+
+def test_a_group_alone_answers_as_if_all_ranks_held_the_same():
+    group = SwapGroup(1, 4, "g", datetime.timedelta(seconds=1))
+    tensor, gathered, part = torch.arange(4.0), torch.zeros(16), torch.zeros(1)
+    group.allreduce([tensor]).wait()
+    group.all_gather_single(gathered, tensor).wait() if hasattr(group, "all_gather_single") else None
+    group._reduce_scatter_base(part, tensor).wait()
+    assert torch.equal(gathered, torch.arange(4.0).repeat(4))
+    assert part.item() == 1.0
+    with pytest.raises(RuntimeError, match="a spare waits for its call"):
+        group.send([tensor], 0, 0)
