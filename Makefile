@@ -26,10 +26,11 @@ lint: $(READY)
 campaign: $(READY)
 	$(BIN)/python -m pytest -m campaign --timeout 3600
 
-# On a GPU machine with torch >= 2.11 and Triton: its own interpreter, with pytest, pytest-timeout and hypothesis, and nothing else
-# of holdfast's; the tests that need a GPU are those of the kernels, which stand alone.
+# On a GPU machine with torch >= 2.11 and Triton: its own interpreter, with pytest, pytest-timeout and hypothesis. The tests of the
+# kernels stand alone and need nothing else of holdfast's; those of captures need pyarrow, reedsolo and google-crc32c too.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/kernels tests/snapshot/test_device.py
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/kernels
+	$(PYTHON) -m pytest -m gpu -p no:cacheprovider tests/snapshot/test_device.py
 
 bench: $(READY)
 	for name in benchmarks/[a-z]*.py; do $(BIN)/python $$name --quick || exit 1; done

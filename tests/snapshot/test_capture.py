@@ -190,6 +190,36 @@ def test_a_parameter_group_is_updated_while_the_next_one_is_still_copied(
     assert not torch.equal(model[0].weight, before["model/0.weight"])
 
 
+def test_after_a_step_that_failed_between_two_groups_the_optimizer_has_its_own_groups_again(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    optimizer = torch.optim.SGD([{"params": list(part.parameters()), "lr": 0.1} for part in model])
+    capturer = Capturer(TrackedState({"model": model, "optim": optimizer}), shelf, 0)  # type: ignore[arg-type]
+    turnstile = Turnstile(monkeypatch, "model/0.weight")
+    groups = optimizer.param_groups
+
+    def interrupt(optimizer: torch.optim.Optimizer, group: int | None) -> None:
+        raise RuntimeError("a peer has died")
+
+    fence = Fence(optimizer, interrupt, lambda: capturer.is_copying)
+    shelf.page.order(1)
+    capturer.step_done(1)
+    with pytest.raises(RuntimeError, match="a peer has died"):
+        optimizer.step()
+    fence.remove()
+    assert optimizer.param_groups is groups
+    fence = Fence(optimizer, interrupt, lambda: capturer.is_copying)
+    with pytest.raises(RuntimeError, match="a peer has died"):
+        optimizer.step()
+    turnstile.open()
+    capturer.settle()
+    optimizer.step()
+    assert optimizer.param_groups is groups
+    fence.remove()
+    capturer.close()
+
+
 def test_what_an_optimizer_does_not_change_it_does_not_wait_for(
     shelf: Shelf, capturing: Callable[..., Capturer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

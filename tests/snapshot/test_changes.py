@@ -210,6 +210,24 @@ def test_after_a_lost_node_was_rebuilt_parity_is_the_one_of_the_whole(
         group.commit(wait_until)
 
 
+def test_a_new_epoch_begins_with_a_whole_encoding(
+    nodes: Callable[..., Nodes], wait_until: Callable[..., None], whole_encodings: list[int]
+) -> None:
+    """What was committed before may have been rebuilt or regrouped since; nothing is added to it."""
+    group = nodes(3, 1)
+    group.commit(wait_until)
+    group.commit(wait_until)
+    index = 1 - group.links[0].page.target[1]
+    group.enter(index=index)
+    del whole_encodings[:]
+    group.change(0, 100, 20)
+    group.commit(wait_until)
+    assert whole_encodings == [group.step] * 3
+    group.change(0, 100, 20)
+    group.commit(wait_until)
+    assert whole_encodings == [group.step - 1] * 3, "and goes on with changes alone"
+
+
 def test_equal_crcs_are_no_proof_that_nothing_changed(nodes: Callable[..., Nodes], wait_until: Callable[..., None]) -> None:
     """Two contents of a cell with one CRC: found by linearity, four bytes that undo what four others did."""
     group = nodes(3, 1)

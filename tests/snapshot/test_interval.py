@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.snapshot.interval import AFFORDABLE, Measured, Pace, lost_per_s, steps_between
+from tests.snapshot.nodes import Nodes
 
 
 @given(
@@ -52,3 +57,21 @@ def test_the_pace_is_every_step_until_enough_snapshots_have_been_seen() -> None:
     for _ in range(Pace.ENOUGH):
         pace.add(0.1, [{"capture_us": 1_000_000, "step_us": 500_000}])
     assert pace.steps(nodes=100, failures_per_s=1e-3) == 89
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_keepers_ask_for_snapshots_as_often_as_is_worth_it_only_when_they_may_choose(
+    shm: Path, wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch, adaptive: bool
+) -> None:
+    monkeypatch.setattr(Pace, "ENOUGH", 2)
+    monkeypatch.setattr("holdfast.snapshot.interval.steps_between", lambda measured, failures_per_s: 7)
+    nodes = Nodes(shm, 2, 1, mapped=True)
+    try:
+        nodes.enter(adaptive=adaptive)
+        for _ in range(3):
+            nodes.commit(wait_until)
+        wait_until(lambda: nodes.links[0].page.target[0] > nodes.step, "the next step is asked for")
+        asked = nodes.links[0].page.target[0]
+        assert asked in (7, 14) if adaptive else asked == 4
+    finally:
+        nodes.close()
