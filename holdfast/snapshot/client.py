@@ -125,9 +125,15 @@ class Link:
         self.ask("give_up", step=step, reason=reason, **self._who)
 
     def guard(self, policy: str, arrays: list[str]) -> None:
-        """Have the keeper look at these arrays for NaN and infinity in every snapshot from now on."""
+        """Have the keeper look at these arrays for NaN and infinity in every snapshot from now on.
+
+        One that is just being started again hears of it before anything else that it is asked.
+        """
         self._guard = (policy, json.dumps(arrays).encode())
-        self.ask("guard", self._guard[1], policy=policy, **self._who)
+        try:
+            self.ask("guard", self._guard[1], policy=policy, **self._who)
+        except KeeperUnreachable as error:
+            logger.warning("rank %d: its keeper is away and will hear on its return what to look at: %s", self.rank, error)
 
     def is_over(self) -> bool:
         """The run has ended on all nodes, saved or not."""

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 
 from holdfast.arrays import Fragment, FragmentTable
+from holdfast.snapshot.keeper import Keeper
 from holdfast.snapshot.poison import CHUNK, is_finite
 from tests.snapshot.test_keeper import Cluster, Rank, wait_until
 
@@ -138,3 +139,14 @@ def test_a_keeper_that_was_started_again_hears_of_the_guard_with_the_first_word(
     link._connection.close()
     link.ask("ping")
     assert guard._arrays == {1: {"model/w0", "model/w1"}}
+
+
+def test_a_guard_that_is_set_while_the_keeper_is_away_is_the_first_thing_it_hears(start: Callable[..., Cluster]) -> None:
+    """A keeper may die between the begin of the run and this; that costs no start."""
+    cluster = start("warn")
+    cluster.keepers[1].close(free=False)
+    link = cluster.ranks[1].link
+    link.guard("refuse", ["model/w1"])
+    cluster.keepers[1] = Keeper("job", 1, cluster.places[1])
+    link.ask("ping")
+    assert cluster.keepers[1].poison._arrays == {1: {"model/w1"}}
