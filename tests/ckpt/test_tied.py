@@ -8,7 +8,6 @@ from torch import nn
 
 from holdfast import ckpt
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
