@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -15,7 +16,7 @@ demo: $(READY)
 	$(BIN)/holdfast demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not gpu and not campaign"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not campaign"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -7,7 +7,7 @@ Works with one process, and with many in a process group (every rank calls with 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from holdfast.ckpt.parity import add_parity
@@ -78,7 +78,7 @@ def load(state: Mapping[str, Any], path: str | os.PathLike[str], *, step: int | 
     from holdfast.ckpt.dcp import UniversalReader
 
     reader = UniversalReader(path, step=step)
-    wanted = state_dict_of(state, make_state=True)
+    wanted = state_dict_of(state, make_state=True, stored=reader.checkpoint.specs)
     missing = sorted(set(wanted) - {name.split("/")[0] for name in _stored(reader)})
     if missing:
         raise LayoutMismatch(f"{reader.checkpoint.path}: holds nothing for {', '.join(missing)}")
@@ -96,10 +96,13 @@ def _stored(reader: Any) -> set[str]:
     return {*reader.checkpoint.specs, *objects}
 
 
-def state_dict_of(state: Mapping[str, Any], *, make_state: bool = False) -> dict[str, Any]:
-    """One nested state dict, optimizer state under its parameters' names; tensors are the live ones.
+def state_dict_of(
+    state: Mapping[str, Any], *, make_state: bool = False, stored: Collection[str] | None = None
+) -> dict[str, Any]:
+    """One nested state dict, optimizer state under its parameters' names; tensors are the live ones, tied ones listed once.
 
-    With `make_state`, optimizers that have not stepped yet get the state that a checkpoint can be loaded into.
+    With `make_state`, optimizers that have not stepped yet get the state that a checkpoint can be loaded into. A tied tensor goes
+    by its first name, or by the first that is among the `stored` arrays.
     """
     from torch import nn
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -110,7 +113,7 @@ def state_dict_of(state: Mapping[str, Any], *, make_state: bool = False) -> dict
     found: dict[str, Any] = {}
     for name, item in state.items():
         if isinstance(item, nn.Module):
-            found[name] = get_model_state_dict(item)
+            found[name] = _once(item, get_model_state_dict(item), name, stored)
         elif isinstance(item, Optimizer) and (make_state or item.state):
             found[name] = get_optimizer_state_dict(module_of(name, item, state), item)
         elif isinstance(item, Optimizer):
@@ -120,6 +123,25 @@ def state_dict_of(state: Mapping[str, Any], *, make_state: bool = False) -> dict
         else:
             found[name] = item
     return found
+
+
+def _once(module: Any, tensors: dict[str, Any], name: str, stored: Collection[str] | None) -> dict[str, Any]:
+    """Without the further names of parameters that are the same object; the same on all ranks, whatever they hold of it."""
+    names: dict[int, list[str]] = {}
+    for place, parameter in module.named_parameters(remove_duplicate=False):
+        key = ".".join(part for part in place.split(".") if part not in _WRAPPERS)
+        key = key if key in tensors else key.removeprefix("module.")
+        if key in tensors:
+            names.setdefault(id(parameter), []).append(key)
+    further: set[str] = set()
+    for twins in names.values():
+        kept = next((twin for twin in twins if f"{name}/{twin}" in (stored or ())), twins[0])
+        further.update(twin for twin in twins if twin != kept)
+    return {key: tensor for key, tensor in tensors.items() if key not in further}
+
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile and wrappers put into the names of parameters, and DCP leaves out."""
 
 
 def module_of(name: str, optimizer: Any, state: Mapping[str, Any]) -> Any:
