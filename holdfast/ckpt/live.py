@@ -99,10 +99,10 @@ def _stored(reader: Any) -> set[str]:
 def state_dict_of(
     state: Mapping[str, Any], *, make_state: bool = False, stored: Collection[str] | None = None
 ) -> dict[str, Any]:
-    """One nested state dict, optimizer state under its parameters' names; tensors are the live ones, tied ones listed once.
+    """One nested state dict, optimizer state under its parameters' names; tensors are the live ones.
 
-    With `make_state`, optimizers that have not stepped yet get the state that a checkpoint can be loaded into. A tied tensor goes
-    by its first name, or by the first that is among the `stored` arrays.
+    With `make_state`, optimizers that have not stepped yet get the state that a checkpoint can be loaded into. With the names
+    of the `stored` arrays, tied weights are listed once, by a name that is among them.
     """
     from torch import nn
     from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
@@ -113,7 +113,8 @@ def state_dict_of(
     found: dict[str, Any] = {}
     for name, item in state.items():
         if isinstance(item, nn.Module):
-            found[name] = _once(item, get_model_state_dict(item), name, stored)
+            tensors = get_model_state_dict(item)
+            found[name] = tensors if stored is None else _once(item, tensors, name, stored)
         elif isinstance(item, Optimizer) and (make_state or item.state):
             found[name] = get_optimizer_state_dict(module_of(name, item, state), item)
         elif isinstance(item, Optimizer):
@@ -125,7 +126,7 @@ def state_dict_of(
     return found
 
 
-def _once(module: Any, tensors: dict[str, Any], name: str, stored: Collection[str] | None) -> dict[str, Any]:
+def _once(module: Any, tensors: dict[str, Any], name: str, stored: Collection[str]) -> dict[str, Any]:
     """Without the further names of parameters that are the same object; the same on all ranks, whatever they hold of it."""
     names: dict[int, list[str]] = {}
     for place, parameter in module.named_parameters(remove_duplicate=False):
@@ -135,7 +136,7 @@ def _once(module: Any, tensors: dict[str, Any], name: str, stored: Collection[st
             names.setdefault(id(parameter), []).append(key)
     further: set[str] = set()
     for twins in names.values():
-        kept = next((twin for twin in twins if f"{name}/{twin}" in (stored or ())), twins[0])
+        kept = next((twin for twin in twins if f"{name}/{twin}" in stored), twins[0])
         further.update(twin for twin in twins if twin != kept)
     return {key: tensor for key, tensor in tensors.items() if key not in further}
 
