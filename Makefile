@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/holdfast demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not campaign"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not campaign"
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
