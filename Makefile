@@ -16,7 +16,8 @@ demo: $(READY)
 	$(BIN)/holdfast demo
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu and not campaign"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not campaign" --ignore tests/elastic --ignore tests/examples
+	$(BIN)/python -m pytest -m "not gpu and not campaign" tests/elastic tests/examples # whole jobs: they need the cores for themselves
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -203,6 +203,7 @@ def test_the_report_names_silent_errors_even_when_there_are_none() -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.campaign
 def test_a_restore_with_one_wrong_bit_is_found_out() -> None:
     """The oracle's own test: the script falsifies a parameter in its second restore, as a broken release might."""
     job = Job(script=f"{LYING} 14", deterministic=False, timeout_s=240)
