@@ -67,7 +67,7 @@ class Job:
         self.processes.append(process)
         return out
 
-    def run(self, *arguments: str, timeout_s: float = 100, ok: bool = True, **options: Any) -> Result:
+    def run(self, *arguments: str, timeout_s: float = 200, ok: bool = True, **options: Any) -> Result:
         out = self.start(*arguments, **options)
         code = self.processes[-1].wait(timeout_s)
         result = Result(out, code)

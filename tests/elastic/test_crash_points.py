@@ -57,11 +57,11 @@ def test_a_trainer_killed_at_every_point_of_a_capture_loses_nothing(job, referen
     died.assert_equals(references.of("fsdp", 2, steps=40))
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(450)
 def test_a_node_whose_keeper_is_killed_at_every_point_of_a_commit_loses_nothing(job, references):
     arguments = ("--nodes", "2", "--steps", "60", "--follow-keeper")
     points = [*ATTACH, *COMMIT]
-    died = job.run(*arguments, restarts=20, timeout_s=200, **schedule(job, "keeper", 1, points))
+    died = job.run(*arguments, restarts=20, timeout_s=400, **schedule(job, "keeper", 1, points))
     assert visited(job) == set(points)
     died.assert_equals(references.of("fsdp", 2, steps=60))
 
