@@ -58,9 +58,15 @@ def test_a_trainer_killed_at_every_point_of_a_capture_loses_nothing(job, referen
 
 
 @pytest.mark.timeout(450)
-def test_a_node_whose_keeper_is_killed_at_every_point_of_a_commit_loses_nothing(job, references):
+@pytest.mark.parametrize(
+    "points",
+    [
+        pytest.param([*ATTACH, "snapshot.encoded"], id="two"),
+        pytest.param([*ATTACH, *COMMIT], id="all", marks=pytest.mark.campaign),  # below, keepers die alone at all of them
+    ],
+)
+def test_a_node_whose_keeper_is_killed_at_any_point_of_a_commit_loses_nothing(job, references, points):
     arguments = ("--nodes", "2", "--steps", "60", "--follow-keeper")
-    points = [*ATTACH, *COMMIT]
     died = job.run(*arguments, restarts=20, timeout_s=400, **schedule(job, "keeper", 1, points))
     assert visited(job) == set(points)
     died.assert_equals(references.of("fsdp", 2, steps=60))
