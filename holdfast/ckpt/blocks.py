@@ -15,12 +15,43 @@ from holdfast.coding import crc32c_blocks, crc32c_combine
 
 BLOCK_NBYTES = 32 << 10
 
+SPAN_BLOCKS = 16
+"""So many blocks are checked by one call: a call costs as much as a block, and the CRC of 16 follows from their 16 CRCs."""
+
 Crcs = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 def block_crcs(view: memoryview) -> Crcs:
     """CRC32C of every block of `view`; the last block may be shorter."""
     return crc32c_blocks(view, BLOCK_NBYTES)
+
+
+class BlockSums:
+    """What the blocks of a run, and spans of them, have to sum to."""
+
+    def __init__(self, blocks: Crcs) -> None:
+        self.blocks = blocks
+        spans, length = blocks[: len(blocks) // SPAN_BLOCKS * SPAN_BLOCKS].reshape(-1, SPAN_BLOCKS), BLOCK_NBYTES
+        while spans.shape[1] > 1:
+            spans, length = _shift(spans[:, 0::2], length) ^ spans[:, 1::2], 2 * length
+        self._spans = spans[:, 0]
+
+    def wrong(self, data: memoryview, start: int) -> list[tuple[int, int]]:
+        """Blocks of the run that are not in `data`, which begins with the block at byte `start`: (number, CRC found instead)."""
+        first, whole = start // BLOCK_NBYTES, len(data) // BLOCK_NBYTES
+        low = -(-first // SPAN_BLOCKS)
+        high = max(low, (first + whole) // SPAN_BLOCKS)
+        if low == high:
+            return self._wrong_blocks(data, first)
+        begin, end = (span * SPAN_BLOCKS * BLOCK_NBYTES - start for span in (low, high))
+        if (crc32c_blocks(data[begin:end], SPAN_BLOCKS * BLOCK_NBYTES) != self._spans[low:high]).any():
+            return self._wrong_blocks(data, first)
+        return self._wrong_blocks(data[:begin], first) + self._wrong_blocks(data[end:], high * SPAN_BLOCKS)
+
+    def _wrong_blocks(self, data: memoryview, first: int) -> list[tuple[int, int]]:
+        found = block_crcs(data)
+        wrong = np.flatnonzero(found != self.blocks[first : first + len(found)])
+        return [(first + index, int(found[index])) for index in wrong.tolist()]
 
 
 def combine(crcs: Crcs, nbytes: int) -> int:

@@ -61,14 +61,23 @@ def open_checkpoint(path: str | Place, step: int | None = None) -> Checkpoint:
     `PATH@STEP` is understood too. Raises NotACheckpoint, UnsupportedFormat, MissingData or CorruptData.
     """
     address = Address.parse(str(path))
-    return open_directory(find_step(address.path, address.step if step is None else step))
+    problem: HoldfastError | None = None
+    for directory in _candidates(address.path, address.step if step is None else step):
+        try:
+            return open_directory(directory)
+        except HoldfastError as error:
+            problem = problem or error  # if all are damaged, what is wrong with the newest is said
+    assert problem is not None
+    raise problem
 
 
 def is_sound(info: StepInfo) -> bool:
-    if info.problem is not None:
-        return False
+    return info.problem is None and _opens(info.path)
+
+
+def _opens(directory: Place) -> bool:
     try:
-        open_directory(info.path)
+        open_directory(directory)
     except HoldfastError:
         return False
     return True
@@ -76,11 +85,17 @@ def is_sound(info: StepInfo) -> bool:
 
 def find_step(path: Place, step: int | None) -> Place:
     """The step directory that `path` and `step` mean; raises NotACheckpoint with what there is instead."""
+    newest, *older = _candidates(path, step)
+    return next((directory for directory in (newest, *older) if _opens(directory)), newest) if older else newest
+
+
+def _candidates(path: Place, step: int | None) -> list[Place]:
+    """The directories that could be meant, the first sound one of which is."""
     check_directory(path)
     if (path / COMMIT).exists() or step_of(path) is not None or _looks_like_step(path):
         if step is not None and step_of(path) not in (None, step):
             raise NotACheckpoint(f"{path}: holds step {step_of(path)}, not {step}")
-        return path
+        return [path]
     infos = list_steps(path)
     if not infos:
         raise NotACheckpoint(f"{path}: {_nothing_here(path)}")
@@ -88,10 +103,9 @@ def find_step(path: Place, step: int | None) -> Place:
         found = next((info for info in infos if info.step == step), None)
         if found is None:
             raise NotACheckpoint(f"{path}: has no committed {step_name(step)}; it has {_steps(infos)}")
-        return found.path
-    newest = next((info for info in reversed(infos) if is_sound(info)), None)
-    # All are damaged: open the newest, so that the error says what is wrong with it.
-    return (newest or infos[-1]).path
+        return [found.path]
+    damaged = [info.path for info in reversed(infos) if info.problem is not None]
+    return [info.path for info in reversed(infos) if info.problem is None] or damaged
 
 
 def _looks_like_step(path: Place) -> bool:

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, split_rows
-from holdfast.ckpt.reader import Checkpoint, Progress
+from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.stream import check_memory
 from holdfast.objects import decode_object
 

@@ -18,7 +18,8 @@ from holdfast.ckpt.cuts import LocalArray, Part
 from holdfast.ckpt.dual import can_be_dual, tensor_name
 from holdfast.ckpt.durable import check_room, sync_files
 from holdfast.ckpt.mesh import Mesh
-from holdfast.ckpt.reader import Checkpoint, Progress
+from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.reshard import plan_reshard
 from holdfast.ckpt.restore import fresh_directory
 from holdfast.ckpt.rules import Rules

@@ -24,7 +24,7 @@ from holdfast.ckpt.foreign.megatron import find_megatron, open_megatron
 from holdfast.ckpt.foreign.source import Source, SourceArray, tensor_source
 from holdfast.ckpt.foreign.torchfiles import array_name_of, open_torch
 from holdfast.ckpt.plan import plan_write
-from holdfast.ckpt.reader import Progress
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.rules import Rules
 from holdfast.ckpt.safetensors import StoredTensor, read_header
 from holdfast.ckpt.storage import Place, is_remote, local, place

@@ -29,7 +29,8 @@ from holdfast.ckpt.parityfile import (
     stream_of,
     total_nbytes,
 )
-from holdfast.ckpt.reader import Progress, open_directory
+from holdfast.ckpt.reader import open_directory
+from holdfast.ckpt.reading import Progress
 from holdfast.coding import ErasureCode, crc32c_blocks
 from holdfast.errors import ConfigError, CorruptData, HoldfastError
 from holdfast.events import crash_point

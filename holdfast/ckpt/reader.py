@@ -8,19 +8,18 @@ is unpickled, no link is followed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from holdfast.arrays import ITEMSIZE, ArraySpec, Box, check_coverage
-from holdfast.ckpt.blocks import BLOCK_NBYTES, block_crcs
+from holdfast.ckpt.blocks import BLOCK_NBYTES, BlockSums
 from holdfast.ckpt.manifest import (
     OBJECTS_SCHEMA,
     RUNS_SCHEMA,
@@ -32,11 +31,11 @@ from holdfast.ckpt.manifest import (
     read_commit,
     runs_of,
 )
-from holdfast.ckpt.packing import unpack
 from holdfast.ckpt.plan import check_names
-from holdfast.ckpt.reads import DirectRead, Read, SieveRead, Want, aligned, plan_reads
+from holdfast.ckpt.reading import Progress, ReadingThread, carry_out
+from holdfast.ckpt.reads import Read, Want, plan_reads
 from holdfast.ckpt.steps import FRAGMENTS, LAYOUT, OBJECTS
-from holdfast.ckpt.storage import REMOTE_THREADS, OpenFile, Place, is_remote, open_data
+from holdfast.ckpt.storage import OpenFile, Place, open_data
 from holdfast.ckpt.strips import ArrayLayout
 from holdfast.ckpt.verify import VerifyReport, verify
 from holdfast.ckpt.views import as_bytes, box_view
@@ -45,9 +44,6 @@ from holdfast.errors import ConfigError, CorruptData, LayoutMismatch, MissingDat
 
 Request = tuple[str, Box, Any]
 """(array, box, a writable buffer of exactly the box's bytes)"""
-
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were just finished."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +90,10 @@ class Checkpoint:
     def _runs(self) -> dict[str, list[StoredRun]]:
         return {}
 
+    @cached_property
+    def _sums(self) -> dict[tuple[str, int], BlockSums]:
+        return {}
+
     def runs(self, name: str) -> list[StoredRun]:
         """The runs of one array, checked: they tile it, and each lies where the format puts it."""
         if name not in self._runs:
@@ -134,8 +134,9 @@ class Checkpoint:
             box_view(outs[want.target], want.box, want.box, want.dtype)[...] = box_view(
                 data, Box.whole(spec.shape), want.box, want.dtype
             )
-            _tell(progress, want)
-        self._execute(plan_reads(large, self.runs), outs, threads, progress)
+            if progress is not None:
+                progress(want.box.size * ITEMSIZE[want.dtype])
+        carry_out(self, plan_reads(large, self.runs), outs, threads, progress)
 
     def plan(self, requests: Iterable[tuple[str, Box]]) -> list[Read]:
         """The reads that `read_boxes` would do for these boxes; nothing is read."""
@@ -162,103 +163,21 @@ class Checkpoint:
             outs.append(view)
         return wants, outs
 
-    def _execute(self, reads: Sequence[Read], outs: Sequence[memoryview], threads: int, progress: Progress | None) -> None:
-        """Carry the reads out, a few at a time, a file's reads side by side."""
-        threads = max(threads, REMOTE_THREADS) if is_remote(self.path) else threads
-        if len(reads) <= 1:
-            for read in reads:
-                self._do(read, outs)
-                _tell(progress, read)
-            return
-        queue = iter(reads)
-        with ThreadPoolExecutor(threads, "holdfast-read") as pool:
-            running = {pool.submit(self._do, read, outs): read for read in islice(queue, 2 * threads)}
-            try:
-                while running:
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        read = running.pop(future)
-                        future.result()
-                        _tell(progress, read)
-                    running |= {pool.submit(self._do, read, outs): read for read in islice(queue, len(done))}
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-
-    def _do(self, read: Read, outs: Sequence[memoryview]) -> None:
-        if isinstance(read, DirectRead):
-            self._direct(read, outs[read.target])
-        else:
-            self._sieve(read, outs)
-
-    def _direct(self, read: DirectRead, out: memoryview) -> None:
-        """Bytes land in their destination; only the parts of the outermost blocks that nobody wanted pass through scratch."""
-        start, stop = aligned(read)
-        head, tail = memoryview(bytearray(read.start - start)), memoryview(bytearray(stop - read.stop))
-        body = out[read.at : read.at + read.stop - read.start]
-        self._fill(read.run, start, [head, body, tail])
-        first, last = start, stop
-        if len(head):
-            first = min(start + BLOCK_NBYTES, stop)
-            self._check(read.run, start, _joined(head, body, tail, first - start))
-        if len(tail) and stop > first:
-            last = max(first, (stop - 1) // BLOCK_NBYTES * BLOCK_NBYTES)
-            self._check(read.run, last, memoryview(bytes(body[last - read.start :]) + bytes(tail)))
-        if last > first:
-            self._check(read.run, first, body[first - read.start : last - read.start])
-
-    def _sieve(self, read: SieveRead, outs: Sequence[memoryview]) -> None:
-        start, stop = aligned(read)
-        data = self.read_run(read.run, start, stop)
-        if read.run.is_packed:
-            data = self._unpacked(read.run, data)
-        for want, part in read.cuts:
-            source = box_view(data, read.run.run.held, part, want.dtype, start)
-            box_view(outs[want.target], want.box, part, want.dtype)[...] = source
-
     def read_run(self, run: StoredRun, start: int, stop: int) -> memoryview:
         """Bytes [start, stop) of a run, checked; `start` begins a checksum block and `stop` ends one."""
-        data = memoryview(bytearray(stop - start))
-        self._fill(run, start, [data])
-        self._check(run, start, data)
-        return data
+        with ReadingThread(self) as thread:
+            return thread.read_run(run, start, stop)
 
-    def _unpacked(self, run: StoredRun, data: memoryview) -> memoryview:
-        where = f"step {self.step}, {run.array} at {list(run.box.offset)} in {self.path / run.run.file}+{run.run.byte_offset}"
-        return unpack(data, run.run.held.size * ITEMSIZE[self.specs[run.array].dtype], where)
-
-    def _fill(self, run: StoredRun, start: int, buffers: Sequence[memoryview]) -> None:
-        at, wanted = run.run.byte_offset + start, sum(map(len, buffers))
-        with self.open_file(run.run.file) as file:
-            rest = [buffer for buffer in buffers if len(buffer)]
-            while rest:
-                got = file.read_into(rest, at)
-                if got == 0:
-                    raise MissingData(
-                        f"step {self.step}, {run.array} at {self.path / run.run.file}: the file ends at byte {file.size()}, "
-                        f"expected data up to {run.run.byte_offset + start + wanted}; {self._next_step}"
-                    )
-                at += got
-                rest = list(_after(rest, got))
-
-    def _check(self, run: StoredRun, start: int, data: memoryview) -> None:
-        first = start // BLOCK_NBYTES
-        found = block_crcs(data)
-        wrong = np.flatnonzero(found != run.blocks[first : first + len(found)])
-        if len(wrong):
-            block = int(wrong[0])
-            raise CorruptData(self._describe(run, first + block, int(found[block])))
-
-    def _describe(self, run: StoredRun, block: int, found: int) -> str:
-        at = run.run.byte_offset + block * BLOCK_NBYTES
-        rows = self.block_box(run, block)
-        return (
-            f"step {self.step}, {run.array} at {list(rows.offset)} in {self.path / run.run.file}+{at}: crc32c is {found:08x}, "
-            f"expected {int(run.blocks[block]):08x}; {self._next_step}"
-        )
+    def sums(self, run: StoredRun) -> BlockSums:
+        """What the blocks of a run have to sum to."""
+        key = (run.run.file, run.run.byte_offset)
+        if key not in self._sums:
+            self._sums[key] = BlockSums(run.blocks)
+        return self._sums[key]
 
     @property
-    def _next_step(self) -> str:
+    def advice(self) -> str:
+        """What to do about a checkpoint that turns out to be damaged; for error messages."""
         return f'nothing of it was used; take another step ("holdfast ls {self.path.parent}")'
 
     def block_box(self, run: StoredRun, block: int) -> Box:
@@ -280,36 +199,17 @@ class Checkpoint:
         try:
             file = open_data(self.path, name)
         except FileNotFoundError as error:
-            raise MissingData(f"step {self.step}: {path} is missing; {self._next_step}") from error
+            raise MissingData(f"step {self.step}: {path} is missing; {self.advice}") from error
         try:
             yield file
         except OSError as error:
-            raise MissingData(
-                f"step {self.step}: {path} cannot be read ({error.strerror or error}); {self._next_step}"
-            ) from error
+            raise MissingData(f"step {self.step}: {path} cannot be read ({error.strerror or error}); {self.advice}") from error
         finally:
             file.close()
 
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read and check every byte of every file; damage is listed, never raised."""
         return verify(self, progress)
-
-
-def _tell(progress: Progress | None, done: Read | Want) -> None:
-    if progress is not None:
-        progress(done.box.size * ITEMSIZE[done.dtype] if isinstance(done, Want) else done.stop - done.start)
-
-
-def _joined(head: memoryview, body: memoryview, tail: memoryview, nbytes: int) -> memoryview:
-    return memoryview((bytes(head) + bytes(body[:nbytes]) + bytes(tail))[:nbytes])
-
-
-def _after(buffers: Sequence[memoryview], done: int) -> Iterator[memoryview]:
-    """What is left of `buffers` once the first `done` bytes are filled."""
-    for buffer in buffers:
-        if done < len(buffer):
-            yield buffer[done:]
-        done = max(0, done - len(buffer))
 
 
 # -- opening -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from holdfast.ckpt.dual import head
 from holdfast.ckpt.durable import disk_errors, replace_durably, sync_path
 from holdfast.ckpt.manifest import DOCUMENTS, StoredRun, read_checked, read_commit
 from holdfast.ckpt.parity import ParityCheck, check_parity, repair_from_parity
-from holdfast.ckpt.reader import Checkpoint, Progress, open_directory
+from holdfast.ckpt.reader import Checkpoint, open_directory
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.steps import Address, step_of
 from holdfast.ckpt.storage import local
 from holdfast.ckpt.strips import ArrayLayout, Run

@@ -19,7 +19,8 @@ from holdfast.ckpt.cuts import LocalArray
 from holdfast.ckpt.durable import check_room, disk_errors, sync_files
 from holdfast.ckpt.mesh import Mesh
 from holdfast.ckpt.plan import plan_write
-from holdfast.ckpt.reader import Checkpoint, Progress
+from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.reads import nbytes_read
 from holdfast.ckpt.reshard import ReshardPlan, plan_reshard
 from holdfast.ckpt.rules import Rules

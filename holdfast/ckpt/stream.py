@@ -13,7 +13,8 @@ from pathlib import Path
 
 from holdfast.arrays import ITEMSIZE, Box, split_rows
 from holdfast.ckpt.cuts import LocalArray, Part
-from holdfast.ckpt.reader import Checkpoint, Progress
+from holdfast.ckpt.reader import Checkpoint
+from holdfast.ckpt.reading import Progress
 from holdfast.ckpt.strips import contiguous_parts, flat_offset
 from holdfast.errors import ConfigError
 

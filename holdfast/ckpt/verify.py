@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,17 +118,16 @@ def _check_part(checkpoint: Checkpoint, run: StoredRun, start: int, stop: int) -
         return [_damage(checkpoint, run, start, stop, str(error))]
     if got < len(data):
         return [_damage(checkpoint, run, start + got, stop, f"the file ends {len(data) - got} bytes early")]
-    first = start // BLOCK_NBYTES
-    found = block_crcs(data)
-    wrong = np.flatnonzero(found != run.blocks[first : first + len(found)])
-    stretches = np.split(wrong, np.flatnonzero(np.diff(wrong) > 1) + 1) if len(wrong) else []
+    wrong = checkpoint.sums(run).wrong(data, start)
+    gaps = [index for index, (one, two) in enumerate(pairwise(wrong), 1) if two[0] - one[0] > 1]
+    stretches = [wrong[low:high] for low, high in pairwise([0, *gaps, len(wrong)])] if wrong else []
     return [
         _damage(
             checkpoint,
             run,
-            start + int(blocks[0]) * BLOCK_NBYTES,
-            min(start + (int(blocks[-1]) + 1) * BLOCK_NBYTES, stop),
-            f"crc32c is {int(found[blocks[0]]):08x}, expected {int(run.blocks[first + int(blocks[0])]):08x}",
+            blocks[0][0] * BLOCK_NBYTES,
+            min((blocks[-1][0] + 1) * BLOCK_NBYTES, stop),
+            f"crc32c is {blocks[0][1]:08x}, expected {int(run.blocks[blocks[0][0]]):08x}",
         )
         for blocks in stretches
     ]
