@@ -82,6 +82,7 @@ class Machine:
     python: str
     huge_pages: str
     packages: dict[str, str]
+    command: str
 
 
 _LOAD = list(os.getloadavg())  # before the benchmark adds its own
@@ -104,6 +105,7 @@ def machine(packages: Sequence[str] = ()) -> Machine:
         python=platform.python_version(),
         huge_pages=thp.read_text().strip() if thp.exists() else "",
         packages={name: _version(name) for name in packages},
+        command=" ".join(["python", *sys.argv]),
     )
 
 

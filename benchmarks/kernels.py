@@ -103,12 +103,12 @@ class Bench(Report):
 
 
 def hardware() -> dict[str, Any]:
-    """The machine of all benchmarks, and the GPU, the threads and the command that decide here."""
+    """The machine of all benchmarks, and the GPU and the threads that decide here."""
     found = asdict(machine(("torch", "triton", "numpy")))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30), "cuda": torch.version.cuda}
-    return {**found, "threads": torch.get_num_threads(), "command": "python " + " ".join(sys.argv)}
+    return {**found, "threads": torch.get_num_threads()}
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.optim import Optimizer
 
 from holdfast.ckpt.dcp import UniversalWriter, save_state_dict
+from holdfast.ckpt.lazy import local_of
 from holdfast.ckpt.live import module_of, state_dict_of
 from holdfast.events import emit
 
@@ -131,28 +132,20 @@ def _signature(item: Any) -> Signature | None:
 
 
 def _place(tensor: torch.Tensor) -> Signature:
-    local = _local(tensor)
+    local = local_of(tensor)
     return (id(tensor), local.data_ptr(), tensor.shape, local.stride())
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()
-        return local
 
 
 def _only_holds(part: dict[str, Any], item: Any) -> bool:
     """Whether a state dict's tensors are the object's own memory, and nothing else in it can change."""
     if isinstance(item, nn.Module):
-        own = {_local(tensor).data_ptr() for tensor in chain(item.parameters(), item.buffers())}
+        own = {local_of(tensor).data_ptr() for tensor in chain(item.parameters(), item.buffers())}
         values: Iterable[Any] = part.values()
     else:
-        own = {_local(value).data_ptr() for held in item.state.values() for value in held.values()}
+        own = {local_of(value).data_ptr() for held in item.state.values() for value in held.values()}
         same_groups = len(part["param_groups"]) == len(item.param_groups)
         values = [*(value for held in part["state"].values() for value in held.values()), *([] if same_groups else [None])]
-    return all(isinstance(value, torch.Tensor) and _local(value).data_ptr() in own for value in values)
+    return all(isinstance(value, torch.Tensor) and local_of(value).data_ptr() in own for value in values)
 
 
 def _groups(optimizer: Optimizer, known: Mapping[str, Any]) -> list[dict[str, Any]]:

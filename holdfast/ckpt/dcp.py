@@ -47,7 +47,7 @@ from torch.futures import Future
 from holdfast.arrays import ITEMSIZE, Box, Fragment, FragmentTable, dtype_name
 from holdfast.ckpt.catalog import latest, open_checkpoint
 from holdfast.ckpt.dual import with_heads, write_heads
-from holdfast.ckpt.lazy import LazyCapture
+from holdfast.ckpt.lazy import LazyCapture, local_of
 from holdfast.ckpt.plan import PARENT, WritePlan, plan_write
 from holdfast.ckpt.reader import Checkpoint
 from holdfast.ckpt.sharing import Shared, Wish, agree, can_share, exchange, share_out
@@ -325,21 +325,13 @@ def _object_of(planner: SavePlanner, item: WriteItem) -> Any:
 def _without_live_values(value: Any, path: str, tensors: list[tuple[str, torch.Tensor]]) -> Any:
     """The same nest of containers: tensors are noted and stay, everything else is copied."""
     if isinstance(value, torch.Tensor):
-        tensors.append((path, _local(value)))
+        tensors.append((path, local_of(value)))
         return value
     if isinstance(value, Mapping):
         return {key: _without_live_values(item, f"{path}.{key}".lstrip("."), tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_without_live_values(item, f"{path}.{place}", tensors) for place, item in enumerate(value))
     return copy.deepcopy(value)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    with torch.no_grad():
-        local: torch.Tensor = tensor.to_local()
-        return local
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------

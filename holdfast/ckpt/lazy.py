@@ -38,6 +38,15 @@ def key_of(tensor: torch.Tensor) -> Key:
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape))
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor; any other tensor itself."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        local: torch.Tensor = tensor.to_local()
+        return local
+
+
 @dataclass(frozen=True, slots=True)
 class _Later:
     """A tensor to copy, and how it looked when the save was called."""
@@ -144,11 +153,11 @@ class LazyCapture:
 
 def _trace(tensor: torch.Tensor) -> bytes:
     """The first, middle and last bytes of a tensor on the CPU: a microsecond, and an optimizer's step changes them."""
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         return b""
-    start, nbytes = tensor.data_ptr(), tensor.nbytes
-    places = (0, nbytes // 2, nbytes - TRACE_NBYTES)
-    return b"".join(ctypes.string_at(start + place, TRACE_NBYTES) for place in places)
+    start, nbytes, read = tensor.data_ptr(), tensor.nbytes, ctypes.string_at
+    last = nbytes - TRACE_NBYTES
+    return read(start, TRACE_NBYTES) + read(start + nbytes // 2, TRACE_NBYTES) + read(start + last, TRACE_NBYTES)
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
@@ -161,8 +170,8 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 def _streams(later: Iterable[_Later]) -> dict[torch.device, Any]:
     """A side stream for every GPU, which begins after what the training stream has been told so far."""
     streams: dict[torch.device, Any] = {}
-    for tensor in (item.tensor for item in later):
-        if tensor.device.type == "cuda" and tensor.device not in streams:
+    for tensor in (item.tensor for item in later if item.tensor.is_cuda):
+        if tensor.device not in streams:
             streams[tensor.device] = torch.cuda.Stream(tensor.device)  # type: ignore[no-untyped-call]
             streams[tensor.device].wait_stream(torch.cuda.current_stream(tensor.device))
     return streams
