@@ -14,7 +14,6 @@ import contextlib
 import copy
 import json
 import statistics
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
