@@ -19,8 +19,8 @@ from holdfast.snapshot.slots import Slot
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, stride
 from holdfast.snapshot.wire import Connection
 
-PIECE_NBYTES = 2 << 20
-"""Bytes moved at a time: below 1 MiB the cost of a call shows, above 4 MiB the data has left the cache before encoding."""
+PIECE_NBYTES = 8 << 20
+"""Bytes moved at a time: over TCP 2 MiB cost a third more processor time, because both sides wake up more often."""
 
 
 def slot_name(rank: int, index: int) -> str:

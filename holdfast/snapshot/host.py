@@ -25,9 +25,17 @@ LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def lower_priority() -> None:
-    """Nice 19, before any thread is started: on Linux it is a property of the thread and is inherited by those it starts."""
+    """Nice 19, before any thread is started: on Linux it is a property of the thread and is inherited by those it starts.
+
+    Where the kernel shares the cores out by session (autogroup), niceness counts within a session only. The keeper then takes a
+    session of its own, and that is what has to be nice.
+    """
     try:
         os.setpriority(os.PRIO_PROCESS, 0, 19)
+        if (group := Path("/proc/self/autogroup")).exists():
+            if os.getsid(0) != os.getpid():
+                os.setsid()
+            group.write_text("19")
     except OSError:
         logging.getLogger(__name__).warning("the keeper's priority could not be lowered; it may slow the trainers")
 

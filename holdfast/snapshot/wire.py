@@ -116,7 +116,7 @@ class Connection:
     """
 
     def __init__(self, address: str | tuple[str, int], token: str, *, timeout_s: float = 60.0) -> None:
-        self.address = address
+        self.address, self._timeout_s = address, timeout_s
         family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
         self._sock = socket.socket(family, socket.SOCK_STREAM)
         self._lock = threading.Lock()
@@ -125,6 +125,7 @@ class Connection:
             self._sock.connect(address)
             if family == socket.AF_INET:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _let_the_kernel_wait(self._sock, timeout_s)
         except OSError as error:
             self._sock.close()
             raise KeeperUnreachable(f"no keeper answers at {_text(address)} ({error})") from error
@@ -157,7 +158,8 @@ class Connection:
 
     def _gone(self, verb: str, error: Exception) -> KeeperUnreachable:
         self.close()
-        return KeeperUnreachable(f"the keeper at {_text(self.address)} went away during {verb!r} ({error})")
+        what = f"no answer for {self._timeout_s:.0f} s" if isinstance(error, BlockingIOError) else error
+        return KeeperUnreachable(f"the keeper at {_text(self.address)} went away during {verb!r} ({what})")
 
     def ask(self, verb: str, payload: memoryview | bytes = b"", *, out: memoryview | None = None, **fields: Any) -> Any:
         """Send a request, wait for its answer; returns the header, or (header, payload) where the answer has bytes."""
@@ -185,6 +187,14 @@ class Connection:
 
     def close(self) -> None:
         self._sock.close()
+
+
+def _let_the_kernel_wait(sock: socket.socket, timeout_s: float) -> None:
+    """Time out in the kernel. Python's own timeouts make a socket non-blocking, and every few packets would wake us up."""
+    sock.settimeout(None)
+    limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        sock.setsockopt(socket.SOL_SOCKET, direction, limit)
 
 
 def _error_class(name: str) -> type[HoldfastError]:
