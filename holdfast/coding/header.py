@@ -131,8 +131,14 @@ class HeaderCodec:
 
 @cache
 def _contributions(nsym: int) -> NDArray[np.uint64]:
-    """What value v in message position p adds to the parity, for all p and v; a few MiB, made once."""
+    """What value v in message position p adds to the parity, for all p and v; a few MiB, made once.
+
+    Multiplication is linear, so what a value adds is the XOR of what its bits add.
+    """
     room, words = CODEWORD - nsym, -(-nsym // 8)
     table = np.zeros((room, 256, words * 8), np.uint8)
-    table[:, :, :nsym] = MULTIPLY[parity_matrix(room, nsym).T[:, None, :], np.arange(256)[None, :, None]]
-    return table.view(np.uint64)
+    rows, sums = parity_matrix(room, nsym).T, table.view(np.uint64)
+    for value in (1 << bit for bit in range(8)):
+        table[:, value, :nsym] = MULTIPLY[rows, value]
+        sums[:, value : 2 * value] = sums[:, :value] ^ sums[:, value : value + 1]
+    return sums

@@ -76,7 +76,8 @@ def watch_parameters(link: Link, state: TrackedState, policy: str) -> None:
 
 def _all_finite(tensor: torch.Tensor) -> bool:
     with torch.no_grad():
-        return bool(torch.isfinite(tensor).all())
+        # A sum is finite only if everything in it is; it may overflow all the same, and then every element is looked at.
+        return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def refuse_poison(page: ControlPage, step: int) -> None:

@@ -6,6 +6,7 @@ Whatever one rank finds wrong, every rank hears of, so that all stop with a clea
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,11 @@ from holdfast.environment import Environment
 from holdfast.errors import ClusterError, ConfigError, HoldfastError
 
 T = TypeVar("T")
+
+SHORT_NBYTES = 8 << 10
+"""What ranks tell each other fits in here nearly always; then one collective does."""
+
+_SIZE = struct.Struct("!Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +52,18 @@ class Team:
         """What every rank gave, in the order of ranks. Blocks until all have."""
         if self.world == 1:
             return [data]
-        device = _device()
-        size = torch.tensor([len(data)], dtype=torch.int64, device=device)
-        sizes = [torch.zeros_like(size) for _ in range(self.world)]
-        dist.all_gather(sizes, size)
-        longest = max(int(item) for item in sizes)
-        padded = torch.zeros(max(longest, 1), dtype=torch.uint8, device=device)
-        if data:
-            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-        parts = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(parts, padded)
-        return [part[: int(item)].cpu().numpy().tobytes() for part, item in zip(parts, sizes, strict=True)]
+        first = self._all_gather(_SIZE.pack(len(data)) + data[:SHORT_NBYTES], _SIZE.size + SHORT_NBYTES)
+        sizes = [_SIZE.unpack_from(part)[0] for part in first]
+        if max(sizes) <= SHORT_NBYTES:
+            return [part[_SIZE.size : _SIZE.size + size] for part, size in zip(first, sizes, strict=True)]
+        return [part[:size] for part, size in zip(self._all_gather(data, max(sizes)), sizes, strict=True)]
+
+    def _all_gather(self, data: bytes, nbytes: int) -> list[bytes]:
+        """Every rank's bytes, with zeros up to `nbytes`."""
+        mine = torch.frombuffer(bytearray(data.ljust(nbytes, b"\0")), dtype=torch.uint8).to(_device())
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine)
+        return [part.cpu().numpy().tobytes() for part in parts]
 
     def attempt(self, action: Callable[[], Any]) -> list[Outcome]:
         """Every rank does its part; all learn how each fared. Values have to be plain JSON."""

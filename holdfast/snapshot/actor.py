@@ -18,6 +18,7 @@ import ray
 from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
 from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority, on_sigterm
+from holdfast.snapshot.keeper import Keeper
 
 NAMESPACE = "holdfast"
 DOMAIN_LABEL = "holdfast-domain"
@@ -32,8 +33,6 @@ class KeeperActor:
     """Hosts one Keeper. Ray builds it again after a crash, and the keeper adopts the slots that it finds."""
 
     def __init__(self, job: str, node: int, memory: str, bind: str) -> None:
-        from holdfast.snapshot.keeper import Keeper
-
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
         lower_priority()
         arm_faults(node)

@@ -17,6 +17,7 @@ from pathlib import Path
 from holdfast.environment import watch_every_s
 from holdfast.errors import HoldfastError
 from holdfast.events import arm_from_text
+from holdfast.snapshot.keeper import Keeper
 
 DOMAIN = "HOLDFAST_DOMAIN"
 """Which nodes fail together with this one: the same words on each of them, such as the name of a rack."""
@@ -71,10 +72,8 @@ def main(arguments: list[str]) -> int:
     bind = arguments[3] if len(arguments) > 3 else "127.0.0.1"
     mapped = os.environ.get("HOLDFAST_TRANSPORT") != "tcp"
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    lower_priority()
+    lower_priority()  # only now that everything is imported: somebody waits for the keeper
     arm_faults(node)
-    from holdfast.snapshot.keeper import Keeper
-
     built: list[Keeper] = []
     told = threading.Event()
 

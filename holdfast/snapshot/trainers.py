@@ -46,7 +46,8 @@ class Trainers:
         for index in (0, 1):
             name = slot_name(rank, index)
             slot = self._slots.get(name)
-            if slot is not None and slot.header.state < SlotState.VERIFIED and rank in self._attached:
+            succeeds = rank in self._attached and self._attached[rank]["pid"] != pid
+            if slot is not None and slot.header.state < SlotState.VERIFIED and succeeds:
                 self._slots.discard(name)  # the predecessor may have it mapped and be about to write into it
             self._slots.room(name, rank, index, body_nbytes + META_ROOM)
         attachment = secrets.token_hex(8)
