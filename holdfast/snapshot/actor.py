@@ -17,8 +17,9 @@ import ray
 
 from holdfast.environment import watch_every_s
 from holdfast.errors import RayUnreachable
-from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, lower_priority, on_sigterm
+from holdfast.snapshot.host import DOMAIN, LOG_FORMAT, arm_faults, on_sigterm
 from holdfast.snapshot.keeper import Keeper
+from holdfast.snapshot.priority import priority
 
 NAMESPACE = "holdfast"
 DOMAIN_LABEL = "holdfast-domain"
@@ -34,7 +35,7 @@ class KeeperActor:
 
     def __init__(self, job: str, node: int, memory: str, bind: str) -> None:
         logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-        lower_priority()
+        priority.lower()
         arm_faults(node)
         self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain(), watch_every_s=watch_every_s())
         on_sigterm(self._keeper.preempt.told_to_end)

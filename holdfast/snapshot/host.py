@@ -18,27 +18,12 @@ from holdfast.environment import watch_every_s
 from holdfast.errors import HoldfastError
 from holdfast.events import arm_from_text
 from holdfast.snapshot.keeper import Keeper
+from holdfast.snapshot.priority import priority
 
 DOMAIN = "HOLDFAST_DOMAIN"
 """Which nodes fail together with this one: the same words on each of them, such as the name of a rack."""
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-
-
-def lower_priority() -> None:
-    """Nice 19, before any thread is started: on Linux it is a property of the thread and is inherited by those it starts.
-
-    Where the kernel shares the cores out by session (autogroup), niceness counts within a session only. The keeper then takes a
-    session of its own, and that is what has to be nice.
-    """
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, 19)
-        if (group := Path("/proc/self/autogroup")).exists():
-            if os.getsid(0) != os.getpid():
-                os.setsid()
-            group.write_text("19")
-    except OSError:
-        logging.getLogger(__name__).warning("the keeper's priority could not be lowered; it may slow the trainers")
 
 
 def arm_faults(node: int) -> None:
@@ -72,7 +57,7 @@ def main(arguments: list[str]) -> int:
     bind = arguments[3] if len(arguments) > 3 else "127.0.0.1"
     mapped = os.environ.get("HOLDFAST_TRANSPORT") != "tcp"
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
-    lower_priority()  # only now that everything is imported: somebody waits for the keeper
+    priority.lower()  # only now that everything is imported: somebody waits for the keeper
     arm_faults(node)
     built: list[Keeper] = []
     told = threading.Event()

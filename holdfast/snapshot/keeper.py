@@ -39,6 +39,7 @@ from holdfast.snapshot.membership import Membership
 from holdfast.snapshot.outline import Outlines, base_of, difference
 from holdfast.snapshot.poison import PoisonGuard
 from holdfast.snapshot.preempt import Preempt
+from holdfast.snapshot.priority import priority
 from holdfast.snapshot.regroup import Regroup
 from holdfast.snapshot.repair import Repair
 from holdfast.snapshot.rescue import Rescue
@@ -54,6 +55,9 @@ logger = logging.getLogger(__name__)
 
 UNLOCKED = frozenset({"parity", "spill"})
 """Verbs of an epoch that move many bytes; they guard themselves. All others run while nothing else changes."""
+
+URGENT = {"attach", "survey", "tables", "join", "begin", "rebuild", "check", "share", "decode"}
+"""Trainers stand still until these are answered."""
 
 NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
 
@@ -116,6 +120,8 @@ class Keeper:
             raise KeeperUnreachable(f"the keeper of node {self.node} is ending, its run is over")
         if found is None:
             raise ClusterError(f"this keeper does not know the verb {verb!r}; are two releases of holdfast mixed?")
+        if verb in URGENT:
+            priority.hurry()
         connection, epoch = fields.pop("connection"), fields.pop("epoch_of_sender", None)
         if verb in NEED_CONNECTION:
             fields["connection"] = connection

@@ -25,6 +25,7 @@ from holdfast.snapshot.coordinator import Encoded, GivenUp
 from holdfast.snapshot.exchange import RowsInFlight, SlotReader, parity_name, slot_name
 from holdfast.snapshot.outline import base_of
 from holdfast.snapshot.parity import Base, Forward, committed_row, encode_stripe, receive_piece
+from holdfast.snapshot.priority import priority
 from holdfast.snapshot.sealing import seal_rank, summed
 from holdfast.snapshot.slots import Slot, SlotState
 from holdfast.snapshot.store import META_ROOM, rank_record
@@ -210,6 +211,7 @@ class Rounds:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
+            priority.busy(since=time.monotonic())
             try:
                 job()
             # A snapshot that fails, for whatever reason, is given up and counted; training goes on and the next one is tried.
@@ -219,6 +221,8 @@ class Rounds:
             except Exception:
                 logger.exception("snapshot given up on node %d", self._keeper.node)
                 self._give_up()
+            finally:
+                priority.busy(since=None)
         self._close_readers()
 
     def _give_up(self) -> None:

@@ -53,8 +53,12 @@ def main() -> None:
     def in_step(step: int, run: Run, model: nn.Module) -> None:
         for number, death in enumerate(deaths):
             mark = marks / str(number)
-            ripe = step >= death["step"] and run.committed_step >= death["committed"]
-            if rank == death["ranks"][0] and ripe and not mark.exists():
+            if (
+                rank == death["ranks"][0]
+                and step >= death["step"]
+                and not mark.exists()
+                and catches_up(run, death["committed"])
+            ):
                 mark.touch()
                 die(death, args.name, memory, model)
 
@@ -65,6 +69,14 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(args, in_step, after_step)
+
+
+def catches_up(run: Run, committed: int) -> bool:
+    """Whether the step is committed, soon: keepers are nicer than trainers, and these steps are short. It may need a later step."""
+    deadline = time.monotonic() + 2
+    while run.committed_step < committed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return run.committed_step >= committed
 
 
 def wait_for_keepers(run: Run, step: int) -> None:
