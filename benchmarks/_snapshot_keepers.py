@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -171,8 +172,9 @@ def committing(report: Report, memory: Path, nbytes: int, n: int, parities: tupl
 
 
 def _committing(report: Report, clusters: dict[str, Cluster], parity: int, nbytes: int, n: int) -> None:
-    copy = Copies(4, nbytes)
+    copy, stream = Copies(4, nbytes), Stream(nbytes)
     copied: list[float] = []
+    streamed: list[float] = []
     spent: dict[str, list[float]] = {name: [] for name in clusters}
     seconds: dict[str, list[float]] = {name: [] for name in clusters}
     for number in range(n + 1):
@@ -184,8 +186,12 @@ def _committing(report: Report, clusters: dict[str, Cluster], parity: int, nbyte
                 seconds[name].append(took)
         if number:
             copied.append(cpu)
+            streamed.append(4 * stream.cpu_s())
+    stream.close()
     case = f"commit, n=4, m={parity}"
     report.row(case, "memcpy", "cpu", "s", copied)
+    report.row(case, "raw TCP", "cpu", "s", streamed)
+    report.row(case, "holdfast, TCP", "cpu/raw TCP", "×", ratios(spent["TCP"], streamed))
     for name in clusters:
         ratio = ratios(spent[name], copied)
         report.row(case, f"holdfast, {name}", "cpu", "s", spent[name])
@@ -209,6 +215,38 @@ class Copies:
         for _ in range(times):
             list(self.pool.map(lambda pair: np.copyto(pair[1], pair[0]), self.pairs))
         return (time.process_time() - started) / times
+
+
+class Stream:
+    """The same bytes over a TCP connection of this host, `sendfile` to `recv`, 8 MiB at a time: what an exchange costs at least."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.piece = nbytes, memoryview(bytearray(PIECE_NBYTES))
+        self.file = os.memfd_create("stream")
+        os.write(self.file, np.ones(nbytes, np.uint8).data)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.receiver = socket.create_connection(listener.getsockname())
+            self.sender, _ = listener.accept()
+        self.pool = ThreadPoolExecutor(1)
+
+    def cpu_s(self) -> float:
+        started = time.process_time()
+        sending = self.pool.submit(self._send)
+        left = self.nbytes
+        while left:
+            left -= self.receiver.recv_into(self.piece[: min(left, PIECE_NBYTES)], 0, socket.MSG_WAITALL)
+        sending.result()
+        return time.process_time() - started
+
+    def _send(self) -> None:
+        sent = 0
+        while sent < self.nbytes:
+            sent += os.sendfile(self.sender.fileno(), self.file, sent, min(PIECE_NBYTES, self.nbytes - sent))
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+        os.close(self.file)
 
 
 # -- beside a trainer ------------------------------------------------------------------------------------------------------------

@@ -302,7 +302,8 @@ class Keeper:
         return slot
 
     def reader(self, member: Member) -> SlotReader:
-        return SlotReader(member, mapped=self.mapped and member.host == self.member.host)
+        near = member.node == self.node or (self.mapped and member.host == self.member.host)
+        return SlotReader(member, mapped=near)
 
     def verb_status(self) -> Header:
         with self.lock:

@@ -207,15 +207,23 @@ def _fetch(
 ) -> None:
     """Have `worker` decode these blocks, and store what it sends."""
     connection = Connection((worker.address, worker.port), worker.token)
-    scratch = memoryview(bytearray(min(task.group.block_nbytes, max(nbytes for _, nbytes in decoder.pieces()))))
+    wanted = [(stripe, kind, base, *piece) for stripe, kind, base in blocks for piece in decoder.pieces()]
+    scratch = memoryview(bytearray(max(nbytes for *_, nbytes in wanted)))
+
+    def ask(number: int) -> None:
+        if number < len(wanted):
+            stripe, _, _, offset, nbytes = wanted[number]
+            connection.send("decode", stripe=stripe, offset=offset, nbytes=nbytes)
+
     try:
         connection.ask("share", task=task.to_json())
-        for stripe, kind, base in blocks:
-            for offset, nbytes in decoder.pieces():
-                header, data = connection.ask("decode", stripe=stripe, offset=offset, nbytes=nbytes, out=scratch[:nbytes])
-                if crc32c(data) != header["crc32c"]:
-                    raise CorruptData(f"step {task.group.step}: {nbytes} bytes that node {worker.node} decoded arrived damaged")
-                store(kind, base + offset, data)
+        ask(0)
+        for number, (_, kind, base, offset, nbytes) in enumerate(wanted):
+            ask(number + 1)  # the worker always knows what comes next
+            header, data = connection.receive(scratch[:nbytes])
+            if len(data) != nbytes or crc32c(data) != header["crc32c"]:
+                raise CorruptData(f"step {task.group.step}: {nbytes} bytes that node {worker.node} decoded arrived damaged")
+            store(kind, base + offset, data)
     finally:
         connection.close()
 
