@@ -29,6 +29,9 @@ from holdfast.snapshot.state import RNG, TrackedState, rng_states
 
 logger = logging.getLogger(__name__)
 
+HEAD_START_S = 0.001
+"""Left to the training thread to return from `step_done`: the copy would compete with it for the interpreter."""
+
 
 @dataclass(slots=True)
 class Stats:
@@ -218,6 +221,7 @@ class Capturer:
 
     def _take(self, shot: Shot) -> None:
         crash_point("capture.begun")
+        time.sleep(HEAD_START_S)
         body = self.link.body(shot.index, shot.plan.room_nbytes)
         changed = self._copy(shot, body)
         crash_point("capture.copied")
