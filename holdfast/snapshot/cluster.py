@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from holdfast import errors
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
@@ -103,6 +104,9 @@ def _answers(place: Path) -> bool:
 def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
     while not _answers(place):
         if process is not None and process.poll() is not None:
+            error, message = _last_words(_log_of(place.parent.name, node))
+            if error is not None:
+                raise error(f"the keeper of node {node} could not start: {message}")
             raise KeeperUnreachable(
                 f"the keeper of node {node} was started and ended with code {process.returncode}; its log is in {runtime_dir()}"
             )
@@ -113,9 +117,20 @@ def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen
         time.sleep(0.05)
 
 
+def _log_of(job: str, node: int) -> Path:
+    return runtime_dir() / f"keeper-{job}-{node}.log"
+
+
+def _last_words(log: Path) -> tuple[type[HoldfastError] | None, str]:
+    """The error with which a keeper refused to start, as the last line of its log tells it."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    name, _, message = (lines[-1] if lines else "").partition(" ERROR root: ")[2].partition(": ")
+    found = getattr(errors, name, None)
+    return (found, message) if isinstance(found, type) and issubclass(found, HoldfastError) else (None, "")
+
+
 def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:
-    log = runtime_dir() / f"keeper-{job}-{node}.log"
-    with log.open("ab") as output:
+    with _log_of(job, node).open("ab") as output:
         command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
         return _start_daemon(command, output, _environment())
 

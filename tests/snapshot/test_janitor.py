@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from holdfast.environment import home
-from holdfast.errors import OutOfSharedMemory
+from holdfast.errors import ConfigError, OutOfSharedMemory
 from holdfast.snapshot import cluster, slots
 from holdfast.snapshot.janitor import FORGOTTEN_S, leftovers, sweep
 from holdfast.snapshot.keeper import Keeper
@@ -85,3 +85,10 @@ def test_a_keeper_that_ends_at_once_is_said_at_once(shm: Path, monkeypatch: pyte
     )
     with pytest.raises(cluster.KeeperUnreachable, match="was started and ended with code 3; its log is in"):
         cluster.ensure_keepers("new", [0], shm, kind="process", ray_address=None, bind="127.0.0.1")
+
+
+def test_why_a_keeper_refused_to_start_is_said_in_its_own_words(shm: Path) -> None:
+    far = shm / ("d" * 90)
+    far.mkdir()
+    with pytest.raises(ConfigError, match=r"the keeper of node 0 could not start: cannot listen at .* choose a shorter one"):
+        cluster.ensure_keepers("new", [0], far, kind="process", ray_address=None, bind="127.0.0.1")
