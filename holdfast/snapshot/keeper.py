@@ -49,7 +49,7 @@ from holdfast.snapshot.store import NodeSlots, group_of
 from holdfast.snapshot.trainers import Trainers
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.watch import Watch
-from holdfast.snapshot.wire import FileRange, Header, Reply, Server
+from holdfast.snapshot.wire import Connection, FileRange, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
@@ -302,8 +302,15 @@ class Keeper:
         return slot
 
     def reader(self, member: Member) -> SlotReader:
-        near = member.node == self.node or (self.mapped and member.host == self.member.host)
-        return SlotReader(member, mapped=near)
+        return SlotReader(member, mapped=member.node == self.node or self._is_near(member))
+
+    def connection(self, member: Member) -> Connection:
+        """To a peer's keeper, past the network where it is on this host: a UNIX socket costs less than half of TCP."""
+        near = self._is_near(member)
+        return Connection(str(Path(member.memory) / SOCKET) if near else (member.address, member.port), member.token)
+
+    def _is_near(self, member: Member) -> bool:
+        return self.mapped and member.host == self.member.host
 
     def verb_status(self) -> Header:
         with self.lock:

@@ -327,8 +327,7 @@ class Rounds:
         def forward(node: int, row: int, offset: int, data: memoryview, base: Base | None) -> None:
             connection = connections.get(node)
             if connection is None:
-                member = self._members.current().member(node)
-                connection = connections[node] = Connection((member.address, member.port), member.token)
+                connection = connections[node] = self._keeper.connection(self._members.current().member(node))
                 stack.callback(connection.close)
             connection.ask("parity", data, row=row, offset=offset, crc=crc32c(data), base=base, **where)
 
