@@ -74,7 +74,7 @@ class Nodes:
                 step, index, len(data), f"layout-{len(data)}", FragmentTable.from_rows([row]), {"text": f"{step}{text}"}
             )
         wait_until(lambda: all(link.page["committed"] == step for link in self.links.values()), f"a commit of {step}")
-        self.step = step
+        self.step, self.index = step, index
         self.assert_parity(index)
 
     def assert_parity(self, index: int) -> None:

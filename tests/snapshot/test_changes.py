@@ -166,8 +166,7 @@ def test_the_committed_parity_is_not_built_upon_once_it_has_rotted(
 ) -> None:
     group = nodes(3, 1)
     group.commit(wait_until)
-    index = group.links[0].page.target[1]
-    slot = Slot.open(group.place(1) / parity_name(1 - index), writable=True)
+    slot = Slot.open(group.place(1) / parity_name(group.index), writable=True)
     slot.body[77] ^= 4
     slot.close()
     group.change(0, 100, 20)
@@ -181,8 +180,7 @@ def test_committed_bytes_that_have_rotted_do_not_enter_the_next_parity(
 ) -> None:
     group = nodes(3, 1)
     group.commit(wait_until)
-    index = group.links[0].page.target[1]
-    slot = Slot.open(group.place(0) / slot_name(0, 1 - index), writable=True)
+    slot = Slot.open(group.place(0) / slot_name(0, group.index), writable=True)
     slot.body[150] ^= 4
     slot.close()
     group.change(0, 100, 20)  # in the same cell: the difference is not the one between the captures
@@ -195,7 +193,7 @@ def test_after_a_lost_node_was_rebuilt_parity_is_the_one_of_the_whole(
     group = nodes(3, 1)
     group.commit(wait_until)
     group.commit(wait_until)
-    index = 1 - group.links[0].page.target[1]
+    index = group.index
     record = group_of(Slot.open(group.place(0) / parity_name(index)))
     assert record is not None
     group.links.pop(2).close()
@@ -217,7 +215,7 @@ def test_a_new_epoch_begins_with_a_whole_encoding(
     group = nodes(3, 1)
     group.commit(wait_until)
     group.commit(wait_until)
-    index = 1 - group.links[0].page.target[1]
+    index = group.index
     group.enter(index=index)
     del whole_encodings[:]
     group.change(0, 100, 20)
