@@ -30,26 +30,28 @@ NOT_FORWARDED = {
 
 
 def test_a_killed_trainer_is_replaced_and_one_that_is_stopped_is_not():
-    assert judge(-signal.SIGKILL, Record(), stopping=False, replaceable=True).action == "replace"
-    assert judge(1, Record(), stopping=False, replaceable=True).action == "replace"
-    assert judge(0, Record(), stopping=False, replaceable=True).code == 0
-    assert judge(-signal.SIGTERM, Record(), stopping=False, replaceable=True).code == 128 + signal.SIGTERM
-    assert judge(-signal.SIGKILL, Record(), stopping=True, replaceable=True).action == "leave"
+    assert judge(-signal.SIGKILL, Record(), stopping=False, obstacle="").action == "replace"
+    assert judge(1, Record(), stopping=False, obstacle="").action == "replace"
+    assert judge(0, Record(), stopping=False, obstacle="").code == 0
+    assert judge(-signal.SIGTERM, Record(), stopping=False, obstacle="").code == 128 + signal.SIGTERM
+    assert judge(-signal.SIGKILL, Record(), stopping=True, obstacle="").action == "leave"
 
 
 def test_a_trainer_that_asks_for_a_restart_or_has_no_spare_is_left_to_torchrun():
-    assert judge(75, Record(), stopping=False, replaceable=True) == judge(75, Record(), stopping=False, replaceable=False)
-    assert judge(1, Record(), stopping=False, replaceable=False).code == 1
+    assert judge(75, Record(), stopping=False, obstacle="").action == "leave"
+    without = judge(1, Record(), stopping=False, obstacle="its spare has failed")
+    assert (without.action, without.code) == ("leave", 1)
+    assert "its spare has failed" in without.reason
 
 
 def test_deaths_without_progress_count_and_progress_forgives_them():
     record = Record()
     for _ in range(STRIKES):
         record = record.after_death_at(7)
-    verdict = judge(1, record, stopping=False, replaceable=True)
+    verdict = judge(1, record, stopping=False, obstacle="")
     assert verdict.action == "leave"
     assert "without a step beyond 7" in verdict.reason
-    assert judge(1, record.after_death_at(8), stopping=False, replaceable=True).action == "replace"
+    assert judge(1, record.after_death_at(8), stopping=False, obstacle="").action == "replace"
 
 
 # -- the board -------------------------------------------------------------------------------------------------------------
@@ -121,7 +123,7 @@ def test_every_process_of_an_attempt_finds_the_same_board_and_another_attempt_an
 
 def test_a_berth_survives_the_environment():
     for board in ("/tmp/b.sock", ("10.0.0.1", 29500)):
-        berth = Berth("ready", board, "secret", 5, 6, 7)
+        berth = Berth("ready", board, "secret", 5, 6, 7, 8)
         assert Berth.read({"HOLDFAST_BERTH": berth.to_text()}) == berth
     assert Berth.read({}) is None
 
