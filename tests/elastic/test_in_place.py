@@ -40,3 +40,16 @@ def test_deaths_one_after_the_other_and_without_spares_are_recovered_in_place(jo
     died = job.run("--nodes", "2", *deaths(first, second), restarts=0, spares="none")
     died.assert_equals(references.of("fsdp", 2))
     assert_only_replaced(died, 0, 1)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("spares", ["ready", "none"])
+def test_a_trainer_of_another_host_is_replaced_in_place(job, references, spares):
+    """Two agents with two ranks each; those of the second reach the board and each other over TCP."""
+    entry = {"step": 8, "kind": "trainer", "ranks": [3], "committed": 3}
+    shape = ("--layout", "ddp", "--steps", "40", "--pace", "0.3")  # so that keepers have committed something by then
+    died = job.run(*shape, *deaths(entry), ranks=2, agents=2, restarts=0, spares=spares)
+    died.assert_equals(references.of("ddp", 4, steps=40))
+    assert_only_replaced(died, 3)
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"own keeper"}
