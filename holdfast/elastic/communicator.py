@@ -28,6 +28,7 @@ from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore, ProcessGroup, ProcessGroupGloo, Store
 
 from holdfast.elastic.board import Address, reach
+from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.transcript import Listening, Repeating, Transcript
 from holdfast.errors import HoldfastError, StaleEpoch
 
@@ -338,9 +339,8 @@ class _Alone:
         return 0
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(
-            f"a spare waits for its call and was asked to {name} with other ranks, which cannot be repeated; scripts that do so "
-            "before protect() recover by restarting all processes"
+        raise RestartNeeded(
+            f"before protect() the script asks to {name} with other ranks, which cannot be repeated for a spare"
         )
 
 

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.elastic.board import Board, board_address, reach
 from holdfast.elastic.communicator import FORWARDED, SwapGroup
+from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.run import STRIKES, Record, judge
 from holdfast.environment import Berth
 from holdfast.errors import ClusterError, ConfigError, KeeperUnreachable, StaleEpoch
@@ -158,5 +159,5 @@ def test_a_group_alone_answers_as_if_all_ranks_held_the_same():
     group._reduce_scatter_base(part, tensor).wait()
     assert torch.equal(gathered, torch.arange(4.0).repeat(4))
     assert part.item() == 1.0
-    with pytest.raises(RuntimeError, match="a spare waits for its call"):
+    with pytest.raises(RestartNeeded, match="asks to send with other ranks, which cannot be repeated"):
         group.send([tensor], 0, 0)
