@@ -5,8 +5,9 @@
 Seconds from the kill -9 to the end of the first new step on the slowest rank, with 64 MB of state on every rank. "in place" is
 `torchrun -m holdfast.elastic.run` with a spare that waits at `protect`; "restart" is holdfast under torchrun alone; "torchrun" is
 the same script without holdfast, which begins again at step 1, with its cure for stale rendezvous keys
-(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). The floor of a restart is torchrun's own time to a new process group in the same round.
-All nodes are on one machine and share its cores, so that what starts processes takes longer than on a cluster.
+(TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). "torchft" goes on with three ranks (_elastic_torchft.py), where it is installed.
+The floor of a restart is torchrun's own time to a new process group in the same round. All nodes are on one machine and share its
+cores, so that what starts processes takes longer than on a cluster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from _harness import Report, arguments, ratios, say
 
 JOB = Path(__file__).with_name("_elastic_job.py")
 RANKS = 4
-PACKAGES = ["torch", "numpy", "torchft"]
+PACKAGES = ["torch", "numpy", "torchft", "torchft-nightly"]
 REPORT = Report()
 
 
@@ -34,6 +35,8 @@ def main() -> None:
     options = arguments(__doc__)
     count = 1 if options.quick else 5
     found: dict[tuple[str, str, str], list[Outcome]] = {}
+    torchft: list[float] = []
+    obstacle = why_no_torchft()
     for number in range(count):
         for layout in ("ddp", "fsdp"):
             for fault in ("worker", "node"):
@@ -42,14 +45,20 @@ def main() -> None:
                     outcome = run(system, layout, fault)
                     say(f"round {number + 1}/{count}: {layout} {fault} {system}: {outcome.first_step_s:.2f} s")
                     found.setdefault((layout, fault, system), []).append(outcome)
+        if not obstacle:
+            torchft.append(run_torchft())
+            say(f"round {number + 1}/{count}: ddp worker torchft: {torchft[-1]:.2f} s")
     for (layout, fault, system), outcomes in found.items():
         case = f"{layout}, {fault} killed"
         REPORT.row(case, system, "first new step", "s", [outcome.first_step_s for outcome in outcomes])
         REPORT.row(case, system, "ready", "s", [outcome.ready_s for outcome in outcomes])
         for phase in outcomes[0].phases:
             REPORT.row(case, system, phase, "s", [outcome.phases[phase] for outcome in outcomes])
-    reason = "not installed" if shutil.which("torchft_lighthouse") is None else "no driver for it here"
-    REPORT.absent("ddp, worker killed", "torchft", "first new step", "s", reason)
+    row = ("ddp, worker killed", "torchft, 3 ranks go on", "first new step", "s")
+    if obstacle:
+        REPORT.absent(*row, obstacle)
+    else:
+        REPORT.row(*row, torchft)
     goals(found)
     REPORT.show(as_json=options.json, packages=PACKAGES)
 
@@ -116,6 +125,22 @@ def run(system: str, layout: str, fault: str) -> Outcome:
                 os.kill(json.loads(endpoint.read_text())["pid"], signal.SIGKILL)
         shutil.rmtree(memory, ignore_errors=True)
         shutil.rmtree(place, ignore_errors=True)
+
+
+def why_no_torchft() -> str:
+    """Empty where it can be measured."""
+    tried = subprocess.run([sys.executable, "-c", "import torchft"], capture_output=True, text=True, check=False)
+    return tried.stderr.strip().rpartition("\n")[2] if tried.returncode else ""
+
+
+def run_torchft() -> float:
+    """Seconds to the first new step of torchft's survivors."""
+    with tempfile.TemporaryDirectory(prefix="hf-bench-") as place:
+        command = [sys.executable, str(JOB.with_name("_elastic_torchft.py")), "--out", place]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        sys.exit(f"torchft ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return float(done.stdout)
 
 
 def outcome(place: Path) -> Outcome:

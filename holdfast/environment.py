@@ -130,6 +130,8 @@ class Berth:
     """Descriptor of the socket to the launcher."""
     pulse: int
     """Descriptor of the page on which the trainer notes its last completed step."""
+    transcript: int
+    """Descriptor of the file in memory for what the trainer heard from other ranks before it entered protect()."""
     launcher: int
 
     @classmethod

@@ -4,8 +4,9 @@
 on the board; a watcher thread then shuts the sockets of the inner groups, which is the only thing that wakes a rank out of a gloo
 collective, and `connect` makes new inner groups under the new epoch. Nobody who holds the outer group notices.
 
-A spare builds its model before there is anyone to talk to: until it connects, its groups answer alone, as if every other rank held
-what it holds. What a spare computes then is overwritten by the restore.
+A spare builds its model before there is anyone to talk to: until it connects, its groups repeat what its trainer heard
+(`transcript`), and answer alone what was too large to be kept, as if every other rank held what it holds. That is for weights,
+which the restore overwrites.
 
 All private names of torch.distributed that this package touches are here, tested with torch 2.11 and 2.13.
 """
@@ -27,6 +28,8 @@ from torch._C import _distributed_c10d as c10d
 from torch._C._distributed_c10d import HashStore, ProcessGroup, ProcessGroupGloo, Store
 
 from holdfast.elastic.board import Address, reach
+from holdfast.elastic.post import RestartNeeded
+from holdfast.elastic.transcript import Listening, Repeating, Transcript
 from holdfast.errors import HoldfastError, StaleEpoch
 
 logger = logging.getLogger(__name__)
@@ -46,9 +49,10 @@ class Superseded(RuntimeError):
 class Communicator:
     """This process's groups and the epoch they are connected under."""
 
-    def __init__(self, board: Address, token: str, rank: int, *, alone: bool = False) -> None:
+    def __init__(self, board: Address, token: str, rank: int, transcript: Transcript, *, alone: bool = False) -> None:
         self.rank, self.alone = rank, alone
         self.epoch = 0
+        self._transcript: Transcript | None = transcript
         self._groups: list[SwapGroup] = []
         self._sockets: set[int] = set()
         self._board = reach(board, token)
@@ -108,6 +112,26 @@ class Communicator:
             group.connect(self._store(self.epoch, group))
             with self._changed:
                 self._sockets |= _open_sockets() - before
+        if self._transcript is not None:
+            name, inner = group.name_of_group, group.inner
+            group.inner = (
+                Repeating(name, inner, self._transcript, _done) if self.alone else Listening(name, inner, self._transcript)
+            )
+
+    def end_prologue(self) -> bytes | None:
+        """The script has reached protect(). What this rank heard until then; None where it is known, or was repeated.
+
+        Raises RestartNeeded in a spare whose script did not do what it did in the trainer.
+        """
+        transcript, self._transcript = self._transcript, None
+        if transcript is None:
+            return None
+        if self.alone:
+            transcript.check_through()
+            return None
+        for group in self._groups:
+            group.inner = group.inner.inner
+        return transcript.to_bytes()
 
     def leave(self) -> None:
         """Say that this rank's run has ended well: nobody needs to wait for it in a later epoch."""
@@ -221,7 +245,7 @@ class SwapGroup(ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg] # the stub lacks this form
         self._rank, self._size, self._timeout = rank, size, timeout
         self.name_of_group = name
-        self._inner: Any = _Alone(rank, size)
+        self.inner: Any = _Alone(rank, size)
 
     def connect(self, store: Store) -> None:
         gloo = ProcessGroupGloo(store, self._rank, self._size, self._timeout)
@@ -230,7 +254,7 @@ class SwapGroup(ProcessGroup):
         inner._set_default_backend(ProcessGroup.BackendType.GLOO)
         inner._register_backend(_CPU, ProcessGroup.BackendType.GLOO, gloo)
         inner._set_group_name(self.name_of_group)  # type: ignore[arg-type] # a NewType of str
-        self._inner = inner
+        self.inner = inner
 
     # What torch asks of a group, under the names that C++ and those that Python look up.
 
@@ -258,7 +282,7 @@ class SwapGroup(ProcessGroup):
         self.name_of_group = name
 
     def _get_backend(self, device: torch.device) -> Any:
-        return self._inner._get_backend(device)
+        return self.inner._get_backend(device)
 
     def _nothing(self, *_: Any, **__: Any) -> None:
         """The groups live as long as the process: what ends them is a new epoch, or its end."""
@@ -268,7 +292,7 @@ class SwapGroup(ProcessGroup):
 
 def _forward(name: str) -> Callable[..., Any]:
     def collective(self: SwapGroup, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._inner, name)(*args, **kwargs)
+        return getattr(self.inner, name)(*args, **kwargs)
 
     collective.__name__ = name
     return collective
@@ -315,9 +339,8 @@ class _Alone:
         return 0
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(
-            f"a spare waits for its call and was asked to {name} with other ranks; scripts that exchange data before protect() is "
-            "entered cannot have warm spares (start with --spares none, and recovery restarts all processes)"
+        raise RestartNeeded(
+            f"before protect() the script asks to {name} with other ranks, which cannot be repeated for a spare"
         )
 
 
@@ -339,7 +362,7 @@ def install(communicator: Communicator) -> None:
         return group
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu"])
-    initialise, new_group = dist.init_process_group, dist.new_group
+    initialise, new_group, broadcast_objects = dist.init_process_group, dist.new_group, dist.broadcast_object_list
 
     def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
         if args or not _is_gloo(backend):
@@ -355,8 +378,18 @@ def install(communicator: Communicator) -> None:
             kwargs["backend"] = BACKEND
         return new_group(*args, **kwargs)
 
+    def broadcast_object_list(
+        object_list: list[Any], src: int | None = None, group: Any = None, device: Any = None, group_src: int | None = None
+    ) -> None:
+        swap = group or dist.group.WORLD
+        if communicator.alone and isinstance(swap, SwapGroup) and swap.size() > 1:
+            # The source does not read what it has sent. A spare has to, so that it holds what its trainer drew and told the others.
+            src, group_src = None, (swap.rank() + 1) % swap.size()
+        broadcast_objects(object_list, src, group, device, group_src)
+
     dist.init_process_group = dist.distributed_c10d.init_process_group = init_process_group
     dist.new_group = dist.distributed_c10d.new_group = new_swap_group
+    dist.broadcast_object_list = dist.distributed_c10d.broadcast_object_list = broadcast_object_list
     global active
     active = communicator
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from holdfast.elastic import post
 from holdfast.errors import HoldfastError
+from holdfast.events import crash_point
 
 if TYPE_CHECKING:
     from holdfast.elastic.communicator import Communicator
@@ -60,6 +61,9 @@ class InPlace:
 
     def enter(self, attempt: Callable[[], None]) -> None:
         """Enter the run for the first time; a spare waits here until it is called."""
+        heard = self._communicator.end_prologue()
+        if heard is not None:
+            self.line.keep(heard)
         self.line.await_call()
         self._carry_through(attempt, connected=not self._communicator.alone)
 
@@ -96,6 +100,7 @@ class InPlace:
                 logger.warning("recovery begins again, %s (%s)", self._communicator.reason, error)
                 connected = False
             else:
+                crash_point("trainer.entered")
                 self.line.tell("running")
                 return
 

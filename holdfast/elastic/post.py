@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import socket
 import sys
+from pathlib import Path
 
 from holdfast.environment import Berth
 
@@ -24,6 +25,7 @@ class Post:
         self._channel = socket.socket(fileno=berth.channel)
         self._page = mmap.mmap(berth.pulse, mmap.PAGESIZE)
         self._pulse = memoryview(self._page).cast("Q")
+        self._transcript = Path(f"/proc/self/fd/{berth.transcript}")
         self._waiting = berth.role in ("ready", "import")
 
     def tell(self, message: str) -> None:
@@ -34,6 +36,14 @@ class Post:
 
     def completed(self, step: int) -> None:
         self._pulse[0] = step
+
+    def keep(self, heard: bytes) -> None:
+        """Leave with the launcher what this trainer heard from other ranks before it entered protect()."""
+        self._transcript.write_bytes(heard)
+
+    def kept(self) -> bytes:
+        """What the rank's first trainer has left; empty where none has."""
+        return self._transcript.read_bytes()
 
     def await_call(self) -> None:
         """Block until the launcher calls; returns at once where this process need not wait."""

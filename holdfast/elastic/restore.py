@@ -24,7 +24,7 @@ from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_l
 from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
 from holdfast.snapshot.client import connect
-from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore, was_ever_safe
 from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
@@ -127,7 +127,10 @@ def newest(
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
         surveys = _survey(team, sources)
-    if notes:
+    if notes and not (known.problems or failed or distrusted or was_ever_safe(surveys)):
+        if team.rank == 0:
+            logger.warning("no step had been committed yet, so the run begins anew (%s)", "; ".join(notes))
+    elif notes:
         raise SnapshotLost(
             f"snapshots exist and none can be restored: {'; '.join(notes)}. There is no checkpoint to fall back to. Bring a lost "
             "node back with its memory, or start anew under another name (protect(name=…)) or after `holdfast down`"

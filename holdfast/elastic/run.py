@@ -55,16 +55,16 @@ class Record:
         return Record(step, 1) if step > self.step else replace(self, strikes=self.strikes + 1)
 
 
-def judge(code: int, record: Record, *, stopping: bool, replaceable: bool) -> Verdict:
-    """What a trainer's exit `code` means (negative: the signal that ended it)."""
+def judge(code: int, record: Record, *, stopping: bool, obstacle: str) -> Verdict:
+    """What a trainer's exit `code` means (negative: the signal that ended it). An `obstacle` says why nobody can take its place."""
     if code == 0:
         return Verdict("leave", 0, "it has completed")
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
     shell_code = 128 - code if code < 0 else code
     if stopping or code in (-signal.SIGTERM, -signal.SIGINT):
         return Verdict("leave", shell_code, f"{ended}: the job is being stopped")
-    if code == RESTART or not replaceable:
-        return Verdict("leave", shell_code, f"{ended}, and cannot be replaced in place")
+    if code == RESTART or obstacle:
+        return Verdict("leave", shell_code, f"{ended}, and cannot be replaced in place{obstacle and ': ' + obstacle}")
     if record.strikes >= STRIKES:
         return Verdict("leave", shell_code, f"{ended}: {record.strikes} deaths without a step beyond {record.step}")
     return Verdict("replace", reason=ended)
@@ -101,13 +101,16 @@ class Launcher:
         self._selector = selectors.DefaultSelector()
         self._pulse = os.memfd_create("holdfast-pulse")
         os.ftruncate(self._pulse, mmap.PAGESIZE)
+        self._transcript = os.memfd_create("holdfast-transcript")
         self._steps = memoryview(mmap.mmap(self._pulse, mmap.PAGESIZE)).cast("Q")
         self._trainer: Child | None = None
         self._spare: Child | None = None
         self._called = False
         self._record = Record()
-        self._replaceable = True
+        # Until it has entered protect(), a spare would not know what it heard from others; and nothing is lost by a restart.
+        self._obstacle = "it had not entered protect() yet"
         self._stopping = False
+        self._has_entered = False
         self._code: int | None = None
 
     def run(self) -> int:
@@ -131,11 +134,11 @@ class Launcher:
 
     def _start(self, role: str) -> Child:
         ours, theirs = socket.socketpair()
-        berth = Berth(role, self._board, self._token, theirs.fileno(), self._pulse, os.getpid())
+        berth = Berth(role, self._board, self._token, theirs.fileno(), self._pulse, self._transcript, os.getpid())
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "holdfast.elastic.trainer", *self._arguments],
             env={**os.environ, BERTH: berth.to_text()},
-            pass_fds=(theirs.fileno(), self._pulse),
+            pass_fds=(theirs.fileno(), self._pulse, self._transcript),
         )
         theirs.close()
         child = Child(process, os.pidfd_open(process.pid), ours)
@@ -154,8 +157,15 @@ class Launcher:
                 child.is_ready = True
                 if child is self._trainer:
                     child.call()  # it was needed before it was ready
-            elif line == b"running" and child is self._trainer and self._spare is None and self._spares != "none":
-                self._spare = self._start(self._spares)
+            elif line == b"running" and child is self._trainer:
+                self._entered()
+
+    def _entered(self) -> None:
+        """The trainer has entered protect(), and everything is there that another one needs to take its place."""
+        if not self._has_entered:
+            self._has_entered, self._obstacle = True, ""
+        if self._spare is None and self._spares != "none" and not self._obstacle:
+            self._spare = self._start(self._spares)
 
     def _ended(self, child: Child) -> None:
         code = child.process.wait()
@@ -174,14 +184,14 @@ class Launcher:
         if spare.is_ready:
             self._spare = self._start(self._spares)
         elif not self._stopping:
-            self._replaceable = False
+            self._obstacle = "its spare has failed"
             logger.warning(
                 "rank %d: its spare ended with code %d before it was ready, so a death restarts all processes", self._rank, code
             )
 
     def _trainer_ended(self, code: int) -> None:
         self._record = self._record.after_death_at(self._steps[0])
-        verdict = judge(code, self._record, stopping=self._stopping, replaceable=self._replaceable)
+        verdict = judge(code, self._record, stopping=self._stopping, obstacle=self._obstacle)
         if verdict.action == "replace":
             self._replace(verdict.reason)
         else:

@@ -28,16 +28,19 @@ def main(arguments: list[str]) -> None:
     post.active = line = post.Post(berth)
 
     from holdfast.elastic import communicator
+    from holdfast.elastic.transcript import Transcript
 
     _warm_up()
     if berth.role == "import":
         line.await_call()
     rank = int(os.environ["RANK"])
-    communicator.install(communicator.Communicator(berth.board, berth.token, rank, alone=berth.role != "trainer"))
+    alone = berth.role != "trainer"
     try:
+        transcript = Transcript.of(line.kept()) if alone else Transcript()
+        communicator.install(communicator.Communicator(berth.board, berth.token, rank, transcript, alone=alone))
         _run(arguments)
     except post.RestartNeeded as reason:
-        print(f"rank {rank}: recovery in place is not possible: {reason}; all processes restart", file=sys.stderr)
+        print(f"rank {rank}: recovery in place is not possible: {reason}; a fault restarts all processes", file=sys.stderr)
         sys.exit(post.RESTART)
 
 

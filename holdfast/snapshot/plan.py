@@ -84,6 +84,14 @@ def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()
     return None, reasons
 
 
+def was_ever_safe(surveys: Sequence[Survey]) -> bool:
+    """Whether any step has come as far as parity. None was committed before that, and nothing is lost by beginning anew.
+
+    A committed slot stays until a later step is committed, so every survivor of a commit can tell.
+    """
+    return any(survey.groups or any(slot.state >= SlotState.ENCODED for slot in survey.slots) for survey in surveys)
+
+
 def _plan_for(
     step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
 ) -> RestorePlan | None:

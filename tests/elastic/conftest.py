@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,28 +44,35 @@ class Job:
         out: Path | None = None,
         script: Path = SCRIPT,
         spares: str = "",
+        agents: int = 1,
         **env: str,
     ) -> Path:
-        """`spares`: under the launcher that replaces single ranks, with this choice of spares; else under torchrun alone."""
+        """`spares`: under the launcher that replaces single ranks, with this choice of spares; else under torchrun alone.
+
+        `agents`: so many torchruns that meet on this machine, with `ranks` and memory of its own for each, as on so many hosts.
+        """
         self.results += 1
         out = out or self.place / f"out-{self.results}"
         out.mkdir(exist_ok=True)
         command = [sys.executable, str(script)]
         if ranks:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            meeting = ["--standalone"] if agents == 1 else _meet(agents)
+            torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={ranks}"]
             launcher = ["-m", "holdfast.elastic.run", "--spares", spares] if spares else []
             command = [*torchrun, f"--max-restarts={restarts}", *launcher, str(script)]
         log = (out / "log").open("w")
-        process = subprocess.Popen(
-            [*command, "--out", str(out), *arguments],
-            env={**self.env, **env},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            text=True,
-        )
+        for agent in range(agents):
+            place = self._host(agent) if agents > 1 else {}
+            process = subprocess.Popen(
+                [*command, "--out", str(out), *arguments],
+                env={**self.env, **place, **env},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                text=True,
+            )
+            self.processes.append(process)
         log.close()
-        self.processes.append(process)
         return out
 
     def run(self, *arguments: str, timeout_s: float = 200, ok: bool = True, **options: Any) -> Result:
@@ -79,9 +87,15 @@ class Job:
         """What the job that was started last has left in `out`."""
         return Result(out, self.processes[-1].wait())
 
+    def _host(self, number: int) -> dict[str, str]:
+        """Memory and runtime folder of a host of its own."""
+        memory = self.memory / f"host-{number}"
+        memory.mkdir(exist_ok=True)
+        return {"HOLDFAST_MEMORY": str(memory), "HOLDFAST_RUNTIME": str(self.place / f"runtime-{number}")}
+
     def kill_keepers(self, memory: Path) -> None:
         """End every keeper that serves below `memory`."""
-        for path in memory.glob("*/*/*/keeper.json"):
+        for path in memory.rglob("keeper.json"):
             with suppress(ProcessLookupError):
                 os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
@@ -90,6 +104,14 @@ class Job:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def _meet(agents: int) -> list[str]:
+    """Arguments for torchruns that find each other here."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    endpoint = f"--rdzv-endpoint=127.0.0.1:{port}"
+    return [f"--nnodes={agents}", "--rdzv-backend=c10d", endpoint, "--rdzv-id=two", "--local-addr=127.0.0.1"]
 
 
 @dataclass

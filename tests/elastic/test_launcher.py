@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.elastic.board import Board, board_address, reach
 from holdfast.elastic.communicator import FORWARDED, SwapGroup
+from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.run import STRIKES, Record, judge
 from holdfast.environment import Berth
 from holdfast.errors import ClusterError, ConfigError, KeeperUnreachable, StaleEpoch
@@ -30,26 +31,28 @@ NOT_FORWARDED = {
 
 
 def test_a_killed_trainer_is_replaced_and_one_that_is_stopped_is_not():
-    assert judge(-signal.SIGKILL, Record(), stopping=False, replaceable=True).action == "replace"
-    assert judge(1, Record(), stopping=False, replaceable=True).action == "replace"
-    assert judge(0, Record(), stopping=False, replaceable=True).code == 0
-    assert judge(-signal.SIGTERM, Record(), stopping=False, replaceable=True).code == 128 + signal.SIGTERM
-    assert judge(-signal.SIGKILL, Record(), stopping=True, replaceable=True).action == "leave"
+    assert judge(-signal.SIGKILL, Record(), stopping=False, obstacle="").action == "replace"
+    assert judge(1, Record(), stopping=False, obstacle="").action == "replace"
+    assert judge(0, Record(), stopping=False, obstacle="").code == 0
+    assert judge(-signal.SIGTERM, Record(), stopping=False, obstacle="").code == 128 + signal.SIGTERM
+    assert judge(-signal.SIGKILL, Record(), stopping=True, obstacle="").action == "leave"
 
 
 def test_a_trainer_that_asks_for_a_restart_or_has_no_spare_is_left_to_torchrun():
-    assert judge(75, Record(), stopping=False, replaceable=True) == judge(75, Record(), stopping=False, replaceable=False)
-    assert judge(1, Record(), stopping=False, replaceable=False).code == 1
+    assert judge(75, Record(), stopping=False, obstacle="").action == "leave"
+    without = judge(1, Record(), stopping=False, obstacle="its spare has failed")
+    assert (without.action, without.code) == ("leave", 1)
+    assert "its spare has failed" in without.reason
 
 
 def test_deaths_without_progress_count_and_progress_forgives_them():
     record = Record()
     for _ in range(STRIKES):
         record = record.after_death_at(7)
-    verdict = judge(1, record, stopping=False, replaceable=True)
+    verdict = judge(1, record, stopping=False, obstacle="")
     assert verdict.action == "leave"
     assert "without a step beyond 7" in verdict.reason
-    assert judge(1, record.after_death_at(8), stopping=False, replaceable=True).action == "replace"
+    assert judge(1, record.after_death_at(8), stopping=False, obstacle="").action == "replace"
 
 
 # -- the board -------------------------------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ def test_every_process_of_an_attempt_finds_the_same_board_and_another_attempt_an
 
 def test_a_berth_survives_the_environment():
     for board in ("/tmp/b.sock", ("10.0.0.1", 29500)):
-        berth = Berth("ready", board, "secret", 5, 6, 7)
+        berth = Berth("ready", board, "secret", 5, 6, 7, 8)
         assert Berth.read({"HOLDFAST_BERTH": berth.to_text()}) == berth
     assert Berth.read({}) is None
 
@@ -156,5 +159,5 @@ def test_a_group_alone_answers_as_if_all_ranks_held_the_same():
     group._reduce_scatter_base(part, tensor).wait()
     assert torch.equal(gathered, torch.arange(4.0).repeat(4))
     assert part.item() == 1.0
-    with pytest.raises(RuntimeError, match="a spare waits for its call"):
+    with pytest.raises(RestartNeeded, match="asks to send with other ranks, which cannot be repeated"):
         group.send([tensor], 0, 0)

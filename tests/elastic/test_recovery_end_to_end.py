@@ -106,6 +106,16 @@ def test_another_number_of_ranks_restores_from_memory(job, layout, before, after
     assert changed.facts[0]["lr"] == bare.facts[0]["lr"]
 
 
+def test_a_death_before_anything_was_committed_begins_anew(job, references):
+    """Rank 0's keeper holds the first step, and rank 1 dies without having captured it."""
+    where = {"at": "capture.begun", "role": "trainer", "place": 1}
+    waits = {**where, "do": "delay", "seconds": 3, "once": str(job.place / "waited")}
+    dies = {**where, "once": str(job.place / "died")}
+    died = job.run("--nodes", "2", restarts=1, HOLDFAST_FAULTS=json.dumps([waits, dies]))
+    died.assert_equals(references.of("fsdp", 2))
+    assert all("1" in facts["losses"] for facts in died.facts)
+
+
 def test_a_flipped_bit_in_a_slot_is_found_and_repaired_from_parity(job, references):
     failed = job.run(
         "--nodes", "3", *deaths({"step": 6, "kind": "exception", "ranks": [0], "committed": 5}), ranks=3, restarts=0, ok=False

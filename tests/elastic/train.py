@@ -53,12 +53,9 @@ def main() -> None:
     def in_step(step: int, run: Run, model: nn.Module) -> None:
         for number, death in enumerate(deaths):
             mark = marks / str(number)
-            if (
-                rank == death["ranks"][0]
-                and step >= death["step"]
-                and not mark.exists()
-                and catches_up(run, death["committed"])
-            ):
+            if rank != death["ranks"][0] or step < death["step"] or mark.exists():
+                continue
+            if catches_up(run, death["committed"]):
                 mark.touch()
                 die(death, args.name, memory, model)
 

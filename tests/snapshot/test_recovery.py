@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.snapshot.plan import Distrusted, RestorePlan, SlotFound, Survey, plan_restore
+from holdfast.snapshot.plan import Distrusted, RestorePlan, SlotFound, Survey, plan_restore, was_ever_safe
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, effective_parity, groups
 
@@ -51,6 +51,12 @@ def cluster(nodes: int, parity: int, steps: dict[int, SlotState], *, without: tu
 
 
 # -- single stories ------------------------------------------------------------------------------------------------------
+
+
+def test_before_the_first_parity_nothing_was_safe_and_after_it_every_survivor_knows() -> None:
+    assert not was_ever_safe([survey(0, [slot(0, 1, V)]), survey(1, [slot(1, 1, SlotState.FILLING)]), survey(2, [])])
+    assert was_ever_safe(cluster(3, 1, {1: E}, without=(0,)))
+    assert was_ever_safe([survey(0, []), survey(1, [slot(1, 1, C), slot(1, 2, V)])])  # without parity, where one node is alone
 
 
 def test_nothing_found_is_no_plan_and_no_complaint() -> None:
