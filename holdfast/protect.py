@@ -34,7 +34,8 @@ def protect(
 
     snapshot_every: a number of steps, or "auto": every step at first, then as often as loses least time, from the measured cost of
         a snapshot and the failure rate, and never faster than the keepers can follow.
-    checkpoint_every: a number of steps, or "auto": 1000; the last step always becomes a checkpoint.
+    checkpoint_every: a number of steps, or "auto": 1000 at first, then what loses least time, from what writing one takes and how
+        often this run has failed so far, between ten seconds and an hour. The last step always becomes a checkpoint.
     name: what a restart finds its snapshots by; by default derived from `checkpoints`, or from the script and its arguments.
     memory_dir: where slots live, /dev/shm by default.
     on_nan: what becomes of a snapshot whose parameters hold NaN or infinity: "refuse" keeps the last clean one in its stead,
@@ -54,6 +55,7 @@ def protect(
         snapshot_every=every,
         snapshot_adaptive=snapshot_every == "auto",
         checkpoint_every=_steps("checkpoint_every", checkpoint_every, auto=1000),
+        checkpoint_adaptive=checkpoint_every == "auto",
         name=name,
         memory_dir=memory_dir,
         on_nan=_policy(on_nan),

@@ -95,7 +95,15 @@ def text_of(job: JobStatus, now_s: float) -> str:
     rows = [_row(node) for node in job.nodes]
     columns = ("NODE", "KEEPER", "COMMITTED", "AGE", "MEMORY", "SKIPPED", "DROPPED", "FAILED", "RANKS (PID)")
     return "\n".join(
-        [head, _losses(job), _safe(job), *_watched(job.nodes, now_s), "", table(columns, rows, right=range(len(columns) - 1))]
+        [
+            head,
+            _losses(job),
+            _safe(job),
+            *_often(job),
+            *_watched(job.nodes, now_s),
+            "",
+            table(columns, rows, right=range(len(columns) - 1)),
+        ]
     )
 
 
@@ -119,6 +127,10 @@ def _safe(job: JobStatus) -> str:
     nan = f"; {count(refused, 'snapshot')} with NaN refused" if refused else ""
     checkpoint = f"checkpoint of step {job.checkpoint_step}" if job.checkpoint_step else "no checkpoint yet"
     return f"step {job.committed_step} is committed{age}, {count(max(0, behind), 'step')} behind; {checkpoint}{nan}"
+
+
+def _often(job: JobStatus) -> list[str]:
+    return [] if job.intervals is None else [str(job.intervals)]
 
 
 def _watched(nodes: list[NodeStatus], now_s: float) -> list[str]:

@@ -67,6 +67,7 @@ class Settings:
     snapshot_every: int
     snapshot_adaptive: bool
     checkpoint_every: int
+    checkpoint_adaptive: bool
     name: str | None
     memory_dir: str | None
     on_nan: str
@@ -288,6 +289,9 @@ class Run:
             every=self._settings.snapshot_every,
             adaptive=self._settings.snapshot_adaptive,
             checkpoint_every=self._settings.checkpoint_every,
+            checkpoint_adaptive=self._settings.checkpoint_adaptive,
+            failures=restored.rate.failures,
+            gpu_hours=restored.rate.gpu_hours,
             checkpoints=self._settings.checkpoints,
             committed=restored.step,
             index=restored.index,
@@ -297,6 +301,8 @@ class Run:
             grace_s=self._settings.grace_s,
             guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
+        if team.rank == 0 and (view.adaptive or view.checkpoint_adaptive):
+            logger.info("%s: %s; intervals follow from that and what saves cost", self.name, restored.rate.text(team.world))
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
             logger.warning(
                 "%d node(s) hold this run: snapshots survive a dying trainer, but not %d lost node(s); only checkpoints do",

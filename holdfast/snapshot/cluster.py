@@ -25,6 +25,7 @@ from typing import IO, Any
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
+from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
 
 logger = logging.getLogger(__name__)
@@ -282,6 +283,7 @@ class NodeStatus:
     group: tuple[int, ...] = ()
     last_scrub: dict[str, Any] | None = None
     last_drill: dict[str, Any] | None = None
+    intervals: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +301,8 @@ class JobStatus:
     checkpoint_step: int
     survivable_losses: int
     nodes: list[NodeStatus]
+    intervals: Intervals | None = None
+    """How often the run saves and why, where the keeper that decides it is on this host and has seen enough."""
 
 
 def status(name: str | None = None, *, memory: Path | None = None) -> list[JobStatus]:
@@ -320,6 +324,7 @@ def _job_status(place: Path) -> JobStatus:
         checkpoint_step=max((node.checkpoint_step for node in alive), default=0),
         survivable_losses=min((_losses_left(node, nodes) for node in alive), default=0),
         nodes=nodes,
+        intervals=next((Intervals(**node.intervals) for node in alive if node.intervals), None),
     )
 
 
@@ -360,6 +365,7 @@ def _node_status(place: Path) -> NodeStatus:
         group=tuple(found["group"]),
         last_scrub=found["last_scrub"],
         last_drill=found["last_drill"],
+        intervals=found["intervals"],
         **{
             word: sum(counts[word] for counts in found["counts"].values())
             for word in ("captured", "skipped", "dropped", "failed")

@@ -318,6 +318,7 @@ class Keeper:
                 "world": self.members.view.world if self.members.view else 0,
                 "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.trainers.pages.items()},
                 "refused": self.poison.refused,
+                "intervals": asdict(self.lead.intervals) if self.lead.intervals else None,
                 **self.watch.status(),
             }
 
