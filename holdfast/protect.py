@@ -24,6 +24,7 @@ def protect(
     memory_dir: str | None = None,
     on_nan: str = "refuse",
     grace_s: float = 20.0,
+    diagnose: float | str = "auto",
 ) -> Run:
     """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
 
@@ -42,6 +43,8 @@ def protect(
         "step_back" does that and raises PoisonedState, so that a restart goes on from there, "warn" commits it with a word.
     grace_s: seconds in which, after SIGTERM, the newest committed snapshot may become a checkpoint; 0 ends at once. Trainers wait
         for it, unless another one has died and the launcher is only starting the run again.
+    diagnose: seconds in which no rank completes a step before it is said which rank has not entered which collective; "auto" is 30,
+        "off" says nothing. Ranks that compute longer than their peers are named as well. Nothing is ended because of it.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
@@ -60,6 +63,7 @@ def protect(
         memory_dir=memory_dir,
         on_nan=_policy(on_nan),
         grace_s=_seconds("grace_s", grace_s),
+        diagnose_s=_patience(diagnose),
     )
     return Run(state, settings)
 
@@ -108,3 +112,16 @@ def _seconds(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 86400:
         raise ConfigError(f"{name} takes a number of seconds from 0 up to a day; got {value!r}")
     return float(value)
+
+
+def _patience(value: float | str) -> float:
+    """Seconds, and 0 for never."""
+    if isinstance(value, str):
+        if value in _PATIENCE_S:
+            return _PATIENCE_S[value]
+    elif not isinstance(value, bool) and 1 <= value < 86400:
+        return float(value)
+    raise ConfigError(f"diagnose takes a number of seconds from 1 up to a day, 'auto' or 'off'; got {value!r}")
+
+
+_PATIENCE_S = {"auto": 30.0, "off": 0.0}

@@ -16,6 +16,7 @@ from typing import Any
 from holdfast.cli.talk import add_json, count, plain, print_json, say, size, table
 from holdfast.environment import Environment
 from holdfast.snapshot.cluster import JobStatus, NodeStatus, status
+from holdfast.snapshot.verdicts import Trouble, Verdict
 
 EVERY_S = 1.0
 NOBODY = "no run has keepers on this machine"
@@ -133,6 +134,16 @@ def _often(job: JobStatus) -> list[str]:
     return [] if job.intervals is None else [str(job.intervals)]
 
 
+def _troubles(job: JobStatus, now_s: float) -> list[str]:
+    """The last verdict, and how many there were before it."""
+    if not job.verdicts:
+        return []
+    last = job.verdicts[-1]
+    found = Verdict(Trouble(last["trouble"]), tuple(last["guilty"]), last["confidence"], tuple(last["evidence"]))
+    more = f" ({count(len(job.verdicts) - 1, 'verdict')} before)" if len(job.verdicts) > 1 else ""
+    return [f"{_ago([last], now_s)}{more}: {found}"]
+
+
 def _watched(nodes: list[NodeStatus], now_s: float) -> list[str]:
     """The oldest of the nodes' last scrubs and drills: what has been looked at everywhere since then."""
     lines = []
@@ -181,6 +192,7 @@ def prometheus(jobs: list[JobStatus], now_s: float) -> list[str]:
         run = {"run": job.name}
         words = ("step", "committed_step", "checkpoint_step", "survivable_losses", "epoch", "world")
         lines += [_gauge(word, run, getattr(job, word)) for word in words]
+        lines.append(_gauge("verdicts", run, len(job.verdicts)))
         for node in job.nodes:
             lines += [_gauge(name, {**run, "node": str(node.node)}, value) for name, value in _numbers(node, now_s).items()]
     return lines

@@ -262,7 +262,7 @@ def _begin(path: Path, value: dict[str, Any]) -> Begin:
 def _lines(path: Path) -> Iterable[Any]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        value = _sound(line)
+        value = decode_line(line)
         if value is not None:
             yield value
         elif number < len(lines):  # what follows the last newline is torn, or nothing
@@ -336,11 +336,12 @@ def _ends(path: Path, tail_nbytes: int) -> tuple[Any, list[Any]]:
     with path.open("rb") as file:
         head = file.readline()
         file.seek(max(len(head), path.stat().st_size - tail_nbytes))
-        tail = [value for line in file.read().split(b"\n") if (value := _sound(line)) is not None]
-    return _sound(head.rstrip(b"\n")), tail
+        tail = [value for line in file.read().split(b"\n") if (value := decode_line(line)) is not None]
+    return decode_line(head.rstrip(b"\n")), tail
 
 
-def _sound(line: bytes) -> Any:
+def decode_line(line: bytes) -> Any:
+    """What `encode_line` was given; None for a line that is torn or damaged."""
     text, _, told = line.rpartition(b"\t")
     return json.loads(text) if text and told == b"%08x" % crc32c(text) else None
 

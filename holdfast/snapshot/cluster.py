@@ -284,6 +284,7 @@ class NodeStatus:
     last_scrub: dict[str, Any] | None = None
     last_drill: dict[str, Any] | None = None
     intervals: dict[str, Any] | None = None
+    verdicts: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +304,8 @@ class JobStatus:
     nodes: list[NodeStatus]
     intervals: Intervals | None = None
     """How often the run saves and why, where the keeper that decides it is on this host and has seen enough."""
+    verdicts: tuple[dict[str, Any], ...] = ()
+    """Who was found to hold the run up since it last started, with `time_s` and the evidence; oldest first."""
 
 
 def status(name: str | None = None, *, memory: Path | None = None) -> list[JobStatus]:
@@ -325,6 +328,7 @@ def _job_status(place: Path) -> JobStatus:
         survivable_losses=min((_losses_left(node, nodes) for node in alive), default=0),
         nodes=nodes,
         intervals=next((Intervals(**node.intervals) for node in alive if node.intervals), None),
+        verdicts=max((node.verdicts for node in alive), key=len, default=()),
     )
 
 
@@ -366,6 +370,7 @@ def _node_status(place: Path) -> NodeStatus:
         last_scrub=found["last_scrub"],
         last_drill=found["last_drill"],
         intervals=found["intervals"],
+        verdicts=tuple(found["verdicts"]),
         **{
             word: sum(counts[word] for counts in found["counts"].values())
             for word in ("captured", "skipped", "dropped", "failed")
