@@ -1,6 +1,6 @@
 """Three ranks that train well, then with a slow one, one that is stopped and one that is stuck: `watched.py OUT`.
 
-Each stage lasts until its trouble has been said, the first one for 100 steps.
+Each stage lasts until its trouble has been said, the first one for 60 steps.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def train(run: Run, model: Any, optimizer: Any, rank: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
         # All go on together, by a collective of the job's own, which holdfast has no part in.
-        enough = torch.tensor(float(step > 100 if STAGES[now] == "well" else told(STAGES[now])))
+        enough = torch.tensor(float(step > 60 if STAGES[now] == "well" else told(STAGES[now])))
         dist.all_reduce(enough, dist.ReduceOp.MAX)
         if enough > 0:
             now, since = now + 1, step + 1
@@ -86,7 +86,7 @@ def main() -> None:
     torch.manual_seed(rank)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(6, 3))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with holdfast.protect({"model": model, "optim": optimizer}, name="w", checkpoints=str(out / "run"), diagnose=1.0) as run:
+    with holdfast.protect({"model": model, "optim": optimizer}, name="w", diagnose=1.0) as run:
         train(run, model, optimizer, rank)
     (out / f"said-{rank}.json").write_text(json.dumps(said))
     dist.destroy_process_group()
