@@ -44,7 +44,8 @@ def protect(
     grace_s: seconds in which, after SIGTERM, the newest committed snapshot may become a checkpoint; 0 ends at once. Trainers wait
         for it, unless another one has died and the launcher is only starting the run again.
     diagnose: seconds in which no rank completes a step before it is said which rank has not entered which collective; "auto" is 30,
-        "off" says nothing. Ranks that compute longer than their peers are named as well. Nothing is ended because of it.
+        "off" says nothing. Ranks that compute longer than their peers and replicas with other bytes are named as well. Nothing is
+        ended because of it.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.

@@ -32,20 +32,22 @@ logger = logging.getLogger(__name__)
 PULSE_S = (0.05, 2.0)
 """The shortest and the longest time between two pulses."""
 
+Sums = Callable[[], Sequence[tuple[int, Mapping[str, int]]]]
 Tell = Callable[[Verdict], None]
 
 
 class Heart:
     """Beats from when it is built until `close`. To be built on the training thread, which then calls `step_done`.
 
-    who: rank and attachment; after_s: how long nothing moves before that is called a hang; tell: called, on the heart's thread,
+    who: rank and attachment; after_s: how long nothing moves before that is called a hang; sums: what was summed of the
+    state since it was last called, by step; tell: called, on the heart's thread,
     with every verdict that does not name this rank and that no lower such rank is there to say.
     """
 
     def __init__(
-        self, memory: Path, who: Mapping[str, Any], *, step: int, after_s: float, held: Iterable[Held], tell: Tell
+        self, memory: Path, who: Mapping[str, Any], *, step: int, after_s: float, held: Iterable[Held], sums: Sums, tell: Tell
     ) -> None:
-        self._memory, self._who, self._after_s, self._tell = memory, dict(who), after_s, tell
+        self._memory, self._who, self._after_s, self._sums, self._tell = memory, dict(who), after_s, sums, tell
         tensors = list(held)
         self._peers = work_of(tensors)
         # While a GPU computes, its thread waits or spins; what it takes of a processor says nothing.
@@ -117,6 +119,7 @@ class Heart:
             groups={name: diagnosis.pack(ranks) for name, (_, ranks) in self._groups.items() if name in entered},
             busy_s=busy_s if self._is_on_cpu else None,
             peers=self._peers,
+            sums=self._sums(),
             stack=stack_of(self._main) if is_still else (),
             left=left,
             after_s=self._after_s,

@@ -242,7 +242,8 @@ class Run:
             if chronicle is not None:
                 chronicle.note(verdict)
 
-        self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, tell=tell)
+        sums = self._running().take_sums
+        self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
         self._held.callback(self._heart.close)
 
     def _agree_on_structure(self, team: Team) -> None:

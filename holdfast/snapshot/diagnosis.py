@@ -13,14 +13,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError
 from holdfast.events import emit
-from holdfast.snapshot.verdicts import Progress, Trouble, Verdict, judge_hang, judge_stragglers
+from holdfast.snapshot.verdicts import Progress, Trouble, Verdict, judge_hang, judge_replicas, judge_stragglers
 from holdfast.snapshot.wire import Connection, Header
 
 if TYPE_CHECKING:
@@ -38,11 +38,17 @@ work without a collective looks the same."""
 USUAL_STEPS = 3
 """A hang is never said before this many times the usual step."""
 
+STEPS_KEPT = 16
+"""Steps of which the sums of some ranks are waited for."""
+
 SAMPLES, ENOUGH = 60, 30
 """Paces that are remembered of a rank, and that are needed to call one slow."""
 
 SLOWER_BY, OF_A_STEP = 0.2, 0.1
 """A straggler computes so much longer than its peers, and that is at least so much of a step: less holds nobody up."""
+
+LOOKS = 15
+"""Portions of what replicas hold alike that are compared in the time after which a hang is said, at most one with each snapshot."""
 
 AGAIN_S = 600.0
 """The same verdict is not said again before that."""
@@ -65,6 +71,8 @@ class Pulse:
     groups: Mapping[str, Sequence[int]]
     busy_s: float | None
     peers: str
+    sums: Sequence[tuple[int, Mapping[str, int]]] = ()
+    """By step: CRC32C of a portion of what several ranks hold alike, by array."""
     stack: Sequence[str] = ()
     left: bool = False
     after_s: float = 30.0
@@ -102,8 +110,11 @@ class Ledger:
         self._ranks: dict[int, _Known] = {}
         self._steps_s: deque[float] = deque(maxlen=32)
         self._newest = (-1, 0.0)
+        self._sums: dict[int, dict[int, Mapping[str, int]]] = {}
 
     def hear(self, rank: int, said: Pulse, now_s: float) -> None:
+        for step, sums in said.sums:
+            self._sums.setdefault(step, {})[rank] = sums
         before = self._ranks.get(rank)
         self._note_step(said.step, now_s)
         if before is None:
@@ -168,6 +179,14 @@ class Ledger:
         step = Counter(said.step for said in speak).most_common(1)[0][0] if speak else 0
         return len({said.at_step.get(name) for said in speak if said.step == step}) <= 1
 
+    def corruption(self) -> Verdict | None:
+        """Which replica holds other bytes, of the steps that all ranks have summed by now."""
+        ripe = [step for step, told in self._sums.items() if told.keys() == self._ranks.keys()]
+        found = [verdict for step in ripe for verdict in _unequal(step, self._sums.pop(step))]
+        for step in sorted(self._sums)[:-STEPS_KEPT]:
+            del self._sums[step]  # some rank was busy when that step was captured
+        return max(found, key=lambda verdict: verdict.confidence, default=None)
+
     def straggler(self) -> Verdict | None:
         """Who computes longer than the ranks that do the same work, by enough to hold them up."""
         alike: dict[str, dict[int, Sequence[float]]] = {}
@@ -187,6 +206,21 @@ class Ledger:
         return verdict if excess_s > OF_A_STEP * self.usual_step_s else None
 
 
+def _unequal(step: int, told: Mapping[int, Mapping[str, int]]) -> list[Verdict]:
+    """Each array is compared among those that hold it."""
+    holders: dict[str, list[int]] = {}
+    for rank in sorted(told):
+        for name in told[rank]:
+            holders.setdefault(name, []).append(rank)
+    found = []
+    for ranks in {tuple(group) for group in holders.values()}:
+        names = [name for name, group in holders.items() if tuple(group) == ranks]
+        verdict = judge_replicas({rank: {name: told[rank][name] for name in names} for rank in ranks})
+        if verdict is not None:
+            found.append(replace(verdict, evidence=(f"after step {step}", *verdict.evidence)))
+    return found
+
+
 def _is_uneven(found: Mapping[int, Progress], members: Sequence[int]) -> bool:
     silent = any(item.silent_s for item in found.values())
     return silent or len(found) < len(members) or len({item.entered for item in found.values()}) > 1
@@ -202,7 +236,9 @@ class Diagnosis:
         self._keeper = keeper
         self._lock = threading.Lock()
         self._said: dict[int, Header] = {}
-        self._passed_s = self._judged_s = 0.0
+        self._passed_s = self._judged_s = self._looked_s = 0.0
+        self._after_s = 0.0
+        self._looks = 0
         self._ledger = Ledger()
         self._told: dict[tuple[Trouble, tuple[int, ...]], float] = {}
         self.verdicts: list[dict[str, Any]] = []
@@ -237,13 +273,22 @@ class Diagnosis:
         with self._lock:
             for rank, pulse in pulses.items():
                 self._ledger.hear(rank, pulse, now_s)
-            if now_s - self._judged_s < min(pulse.after_s for pulse in pulses.values()) / PULSES:
+            self._after_s = min(pulse.after_s for pulse in pulses.values())
+            if now_s - self._judged_s < self._after_s / PULSES:
                 return
             self._judged_s = now_s
-            found = [verdict for verdict in (self._ledger.hang(now_s), self._ledger.straggler()) if verdict is not None]
-            fresh = [verdict for verdict in found if self._is_due(verdict, now_s)]
+            found = (self._ledger.corruption(), self._ledger.hang(now_s), self._ledger.straggler())
+            fresh = [verdict for verdict in found if verdict is not None and self._is_due(verdict, now_s)]
         for verdict in fresh:
             threading.Thread(target=self._tell, args=(verdict,), name="holdfast-verdict", daemon=True).start()
+
+    def look(self) -> int:
+        """Which portion ranks should sum with the snapshot that is announced now: a new number where it is time for another."""
+        now_s = time.monotonic()
+        with self._lock:
+            if self._after_s and now_s - self._looked_s >= self._after_s / LOOKS:
+                self._looks, self._looked_s = self._looks + 1, now_s
+            return self._looks
 
     def verb_verdict(self, verdict: Header) -> None:
         """What the lowest node's keeper has found; kept for `holdfast status` and for this node's trainers."""

@@ -111,7 +111,8 @@ class Lead:
     def _act(self, action: Action, coordinator: Coordinator) -> None:
         match action:
             case Announce(step, index, number):
-                self._members.broadcast("announce", step=step, index=index, round=number)
+                look = self._keeper.diagnosis.look()
+                self._members.broadcast("announce", step=step, index=index, round=number, look=look)
             case Protect(step, index, number):
                 self._members.broadcast("protect", step=step, index=index, round=number)
             case Commit(step, index):

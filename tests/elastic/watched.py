@@ -1,4 +1,5 @@
-"""Three ranks that train well, then with a slow one, one that is stopped and one that is stuck: `watched.py OUT`.
+"""Three ranks that train well, then with a slow one, one that is stopped, one that is stuck and one with a flipped bit:
+`watched.py OUT`.
 
 Each stage lasts until its trouble has been said, the first one for 60 steps.
 """
@@ -19,7 +20,7 @@ import torch.distributed as dist
 import holdfast
 from holdfast.elastic.session import Run
 
-STAGES = ("well", "slow", "stop", "sleep")
+STAGES = ("well", "slow", "stop", "sleep", "flip")
 out = Path(sys.argv[1])
 
 
@@ -54,6 +55,9 @@ def train(run: Run, model: Any, optimizer: Any, rank: int) -> None:
         model(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        if STAGES[now] == "flip" and step == since and rank == 1:
+            with torch.no_grad():
+                model.module.weight.view(torch.int32)[2, 3] ^= 1 << 9
         # All go on together, by a collective of the job's own, which holdfast has no part in.
         enough = torch.tensor(float(step > 60 if STAGES[now] == "well" else told(STAGES[now])))
         dist.all_reduce(enough, dist.ReduceOp.MAX)
@@ -76,7 +80,8 @@ def main() -> None:
     def hear(event: holdfast.Event) -> None:
         if event.name == "detector.verdict":
             said.append(dict(event.fields))
-            stage = "slow" if event.fields["trouble"] == "straggler" else "stop" if event.fields["guilty"] == (1,) else "sleep"
+            hang = "stop" if event.fields["guilty"] == (1,) else "sleep"
+            stage = {"straggler": "slow", "hang": hang, "silent corruption": "flip"}[event.fields["trouble"]]
             (out / f"told-{stage}").touch()
             if stage == "stop":
                 os.kill(int((out / "pid-1").read_text()), signal.SIGCONT)

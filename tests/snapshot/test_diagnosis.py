@@ -185,3 +185,37 @@ def test_keepers_tell_each_other_what_they_find_and_trainers_hear_of_it_once(
         assert nodes.ask(0, "status")["verdicts"] == [], "of the epoch before"
     finally:
         nodes.close()
+
+
+def summed(steps: dict[int, dict[str, int]], rank: int, flipped: int = -1) -> Pulse:
+    return pulse(
+        3, 0, sums=[(step, {name: crc + (rank == flipped) for name, crc in told.items()}) for step, told in steps.items()]
+    )
+
+
+def test_the_replica_with_other_bytes_is_named_once_all_have_summed_the_same_step() -> None:
+    ledger = trained()
+    ledger.hear(0, summed({7: {"w": 5}, 9: {"b": 6}}, 0), 4.0)
+    ledger.hear(2, summed({7: {"w": 5}}, 2), 4.0)
+    assert ledger.corruption() is None
+    ledger.hear(1, summed({7: {"w": 5}}, 1, flipped=1), 4.0)
+    verdict = ledger.corruption()
+    assert verdict is not None
+    assert (verdict.trouble, verdict.guilty) == (Trouble.CORRUPTION, (1,))
+    assert verdict.evidence == ("after step 7", "w: rank 1 differs from 2 others")
+    assert ledger.corruption() is None, "it is said of every step once"
+
+
+def test_equal_replicas_are_not_spoken_of_and_shards_are_compared_with_their_own_replicas_only() -> None:
+    ledger = trained(ranks=4)
+    for rank in range(4):
+        ledger.hear(rank, summed({7: {f"w at [{rank % 2}]": 10 + rank % 2}}, rank), 4.0)
+    assert ledger.corruption() is None
+
+
+def test_steps_that_some_rank_has_not_summed_are_forgotten() -> None:
+    ledger = trained()
+    for step in range(100):
+        ledger.hear(0, summed({step: {"w": 1}}, 0), 4.0)
+        assert ledger.corruption() is None
+    assert len(ledger._sums) <= 16
