@@ -101,6 +101,7 @@ def text_of(job: JobStatus, now_s: float) -> str:
             _losses(job),
             _safe(job),
             *_often(job),
+            *_troubles(job, now_s),
             *_watched(job.nodes, now_s),
             "",
             table(columns, rows, right=range(len(columns) - 1)),

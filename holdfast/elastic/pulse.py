@@ -66,9 +66,13 @@ class Heart:
         """On the training thread: this step is complete."""
         self._at_step = step, time.thread_time(), self._entered()
 
+    def stop(self) -> None:
+        """Beat once more and no longer. Returns at once: a recovery does not wait for a keeper that is slow to answer."""
+        self._closed.set()
+
     def close(self) -> None:
         """The loop has ended: what this rank does now holds nobody up."""
-        self._closed.set()
+        self.stop()
         self._thread.join(timeout=1)
 
     def _entered(self) -> dict[str, int]:

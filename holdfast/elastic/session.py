@@ -244,7 +244,7 @@ class Run:
 
         sums = self._running().take_sums
         self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
-        self._held.callback(self._heart.close)
+        self._held.callback(self._heart.stop)
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
@@ -434,6 +434,8 @@ class Run:
         finally:
             if self._chronicle is not None:
                 self._chronicle.close(self.step, error)
+            if self._heart is not None:
+                self._heart.close()
             self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
