@@ -54,8 +54,8 @@ from holdfast.snapshot.wire import FileRange, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
-UNLOCKED = frozenset({"parity", "spill"})
-"""Verbs of an epoch that move many bytes; they guard themselves. All others run while nothing else changes."""
+UNLOCKED = frozenset({"parity", "spill", "pulses"})
+"""Verbs of an epoch that move many bytes or compare many ranks; they guard themselves. All others run while nothing changes."""
 
 NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
 
