@@ -24,6 +24,7 @@ def protect(
     memory_dir: str | None = None,
     on_nan: str = "refuse",
     grace_s: float = 20.0,
+    diagnose: float | str = "auto",
 ) -> Run:
     """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
 
@@ -34,13 +35,17 @@ def protect(
 
     snapshot_every: a number of steps, or "auto": every step at first, then as often as loses least time, from the measured cost of
         a snapshot and the failure rate, and never faster than the keepers can follow.
-    checkpoint_every: a number of steps, or "auto": 1000; the last step always becomes a checkpoint.
+    checkpoint_every: a number of steps, or "auto": 1000 at first, then what loses least time, from what writing one takes and how
+        often this run has failed so far, between ten seconds and an hour. The last step always becomes a checkpoint.
     name: what a restart finds its snapshots by; by default derived from `checkpoints`, or from the script and its arguments.
     memory_dir: where slots live, /dev/shm by default.
     on_nan: what becomes of a snapshot whose parameters hold NaN or infinity: "refuse" keeps the last clean one in its stead,
         "step_back" does that and raises PoisonedState, so that a restart goes on from there, "warn" commits it with a word.
     grace_s: seconds in which, after SIGTERM, the newest committed snapshot may become a checkpoint; 0 ends at once. Trainers wait
         for it, unless another one has died and the launcher is only starting the run again.
+    diagnose: seconds in which no rank completes a step before it is said which rank has not entered which collective; "auto" is 30,
+        "off" says nothing. Ranks that compute longer than their peers and replicas with other bytes are named as well. Nothing is
+        ended because of it.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
@@ -54,10 +59,12 @@ def protect(
         snapshot_every=every,
         snapshot_adaptive=snapshot_every == "auto",
         checkpoint_every=_steps("checkpoint_every", checkpoint_every, auto=1000),
+        checkpoint_adaptive=checkpoint_every == "auto",
         name=name,
         memory_dir=memory_dir,
         on_nan=_policy(on_nan),
         grace_s=_seconds("grace_s", grace_s),
+        diagnose_s=_patience(diagnose),
     )
     return Run(state, settings)
 
@@ -106,3 +113,16 @@ def _seconds(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 86400:
         raise ConfigError(f"{name} takes a number of seconds from 0 up to a day; got {value!r}")
     return float(value)
+
+
+def _patience(value: float | str) -> float:
+    """Seconds, and 0 for never."""
+    if isinstance(value, str):
+        if value in _PATIENCE_S:
+            return _PATIENCE_S[value]
+    elif not isinstance(value, bool) and 1 <= value < 86400:
+        return float(value)
+    raise ConfigError(f"diagnose takes a number of seconds from 1 up to a day, 'auto' or 'off'; got {value!r}")
+
+
+_PATIENCE_S = {"auto": 30.0, "off": 0.0}

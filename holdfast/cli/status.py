@@ -16,6 +16,7 @@ from typing import Any
 from holdfast.cli.talk import add_json, count, plain, print_json, say, size, table
 from holdfast.environment import Environment
 from holdfast.snapshot.cluster import JobStatus, NodeStatus, status
+from holdfast.snapshot.verdicts import Trouble, Verdict
 
 EVERY_S = 1.0
 NOBODY = "no run has keepers on this machine"
@@ -95,7 +96,16 @@ def text_of(job: JobStatus, now_s: float) -> str:
     rows = [_row(node) for node in job.nodes]
     columns = ("NODE", "KEEPER", "COMMITTED", "AGE", "MEMORY", "SKIPPED", "DROPPED", "FAILED", "RANKS (PID)")
     return "\n".join(
-        [head, _losses(job), _safe(job), *_watched(job.nodes, now_s), "", table(columns, rows, right=range(len(columns) - 1))]
+        [
+            head,
+            _losses(job),
+            _safe(job),
+            *_often(job),
+            *_troubles(job, now_s),
+            *_watched(job.nodes, now_s),
+            "",
+            table(columns, rows, right=range(len(columns) - 1)),
+        ]
     )
 
 
@@ -119,6 +129,20 @@ def _safe(job: JobStatus) -> str:
     nan = f"; {count(refused, 'snapshot')} with NaN refused" if refused else ""
     checkpoint = f"checkpoint of step {job.checkpoint_step}" if job.checkpoint_step else "no checkpoint yet"
     return f"step {job.committed_step} is committed{age}, {count(max(0, behind), 'step')} behind; {checkpoint}{nan}"
+
+
+def _often(job: JobStatus) -> list[str]:
+    return [] if job.intervals is None else [str(job.intervals)]
+
+
+def _troubles(job: JobStatus, now_s: float) -> list[str]:
+    """The last verdict, and how many there were before it."""
+    if not job.verdicts:
+        return []
+    last = job.verdicts[-1]
+    found = Verdict(Trouble(last["trouble"]), tuple(last["guilty"]), last["confidence"], tuple(last["evidence"]))
+    more = f" ({count(len(job.verdicts) - 1, 'verdict')} before)" if len(job.verdicts) > 1 else ""
+    return [f"{_ago([last], now_s)}{more}: {found}"]
 
 
 def _watched(nodes: list[NodeStatus], now_s: float) -> list[str]:
@@ -169,6 +193,7 @@ def prometheus(jobs: list[JobStatus], now_s: float) -> list[str]:
         run = {"run": job.name}
         words = ("step", "committed_step", "checkpoint_step", "survivable_losses", "epoch", "world")
         lines += [_gauge(word, run, getattr(job, word)) for word in words]
+        lines.append(_gauge("verdicts", run, len(job.verdicts)))
         for node in job.nodes:
             lines += [_gauge(name, {**run, "node": str(node.node)}, value) for name, value in _numbers(node, now_s).items()]
     return lines

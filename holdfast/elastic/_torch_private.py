@@ -8,3 +8,16 @@ import torch.distributed as dist
 def collectives_entered(group: dist.ProcessGroup) -> int:
     """How many collectives this rank has entered in `group`, those of DDP's and FSDP's C++ parts included; gloo and NCCL count."""
     return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]  # torch's stubs lack it
+
+
+def groups_of_this_rank() -> list[tuple[str, dist.ProcessGroup, tuple[int, ...]]]:
+    """The process groups of two or more ranks that this one is in, each with a name and its global ranks, in order."""
+    if not dist.is_initialized():
+        return []
+    world, me = dist.distributed_c10d._world, dist.get_rank()
+    found = list(world.pg_group_ranks.items())
+    return [
+        (f"{group.group_desc} ({world.pg_names.get(group, '')[:8]})", group, tuple(sorted(ranks)))
+        for group, ranks in found
+        if isinstance(group, dist.ProcessGroup) and len(ranks) > 1 and me in ranks
+    ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.elastic.data import Loader
-from holdfast.elastic.incidents import Incident, describe, is_incident, write_incident
+from holdfast.elastic.incidents import Incident, describe, is_incident, read_verdicts, write_incident, write_verdict
 from holdfast.elastic.journal import (
     DONE,
     Begin,
@@ -27,6 +27,7 @@ from holdfast.elastic.journal import (
 from holdfast.elastic.restore import Recovery
 from holdfast.elastic.team import Team
 from holdfast.events import crash_point, emit
+from holdfast.snapshot.verdicts import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class Chronicle:
 
     def __init__(self, place: Path, begin: Begin, loaders: Mapping[str, Loader], incident: Incident | None) -> None:
         self._place, self._loaders, self._incident = place, loaders, incident
-        self._began_s = begin.time_s
+        self._began_s, self._attempt = begin.time_s, begin.attempt
         self._stalled_s = 0.0
         self._recorder = Recorder(place, begin)
         self._note_incident()
@@ -77,7 +78,7 @@ class Chronicle:
                 kind=recovery.kind if recovery else "everything",
                 rung=recovery.rung if recovery else "",
                 restoring=phases,
-                notes=recovery.notes if recovery else (),
+                notes=(*(recovery.notes if recovery else ()), *read_verdicts(place, attempt - 1)),
                 choice=recovery.choice if recovery else (),
             )
         begin = Begin(
@@ -113,6 +114,13 @@ class Chronicle:
             self._note_incident()
             emit("incident.closed", **asdict(self._incident))
             self._incident = None
+
+    def note(self, verdict: Verdict) -> None:
+        """Keep a verdict for the incident that may come of it. On any thread."""
+        try:
+            write_verdict(self._place, self._attempt, verdict)
+        except OSError as error:
+            logger.error("a verdict could not be written down: %s", error)
 
     def close(self, step: int, error: BaseException | None) -> None:
         self._recorder.end(step, DONE if error is None else f"{type(error).__name__}: {error}"[:500])

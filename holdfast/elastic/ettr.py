@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from holdfast.elastic.interval import PUBLISHED_GPU_HOURS_PER_FAILURE, daly
 from holdfast.elastic.report import Report
 from holdfast.errors import ConfigError
+from holdfast.snapshot.interval import PUBLISHED_GPU_HOURS_PER_FAILURE, daly
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.journal import DONE, LastWords
+from holdfast.elastic.journal import DONE, LastWords, decode_line, encode_line
 from holdfast.errors import CorruptData
+from holdfast.snapshot.verdicts import Verdict
 
 SCHEMA = 1
 
@@ -142,3 +144,23 @@ def _read(path: Path) -> Incident:
         return Incident(**fields)
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptData(f"{path}: not an incident record ({error}); move it away to see the others") from error
+
+
+def write_verdict(place: Path, attempt: int, verdict: Verdict) -> None:
+    """Append what was found of a running attempt; if it ends badly, its incident says so."""
+    folder = place / "verdicts"
+    folder.mkdir(parents=True, exist_ok=True)
+    line = encode_line({"time_s": round(time.time(), 3), **asdict(verdict), "text": str(verdict)})
+    file = os.open(folder / f"{attempt:06d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(file, line)
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def read_verdicts(place: Path, attempt: int) -> list[str]:
+    """What was found of an attempt while it ran, in words. A damaged line costs that line."""
+    path = place / "verdicts" / f"{attempt:06d}.log"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [str(value["text"]) for line in lines if (value := decode_line(line)) is not None]

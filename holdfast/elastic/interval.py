@@ -1,8 +1,7 @@
-"""How often to save, from what a save costs and how often this job fails. Pure arithmetic; seconds in, seconds out.
+"""How often this job fails, and what share of its time is work. Pure arithmetic; seconds in, seconds out.
 
-Young 1974 (CACM 17(9)) gives the first order, Daly 2006 (FGCS 22(3), eq. 37) the higher one, which stays right when failures are
-almost as frequent as saves. How often the job fails is learned while it runs: failures are counted as a Poisson process whose rate
-has a gamma distribution, which begins at what was published and moves to what is seen.
+How often the job fails is learned while it runs: failures are counted as a Poisson process whose rate has a gamma distribution,
+which begins at what was published and moves to what is seen. What follows for saves is in `holdfast.snapshot.interval`.
 """
 
 from __future__ import annotations
@@ -11,29 +10,12 @@ import math
 from dataclasses import dataclass, replace
 
 from holdfast.errors import ConfigError
-
-PUBLISHED_GPU_HOURS_PER_FAILURE = 50_700.0
-"""419 unexpected interruptions in 54 days of 16,384 GPUs (Llama 3, arXiv 2407.21783, §3.3.4)."""
-
-
-def young(cost_s: float, mtbf_s: float) -> float:
-    """Seconds of work between saves that cost `cost_s` each, to first order."""
-    _check(cost_s, mtbf_s)
-    return math.sqrt(2 * cost_s * mtbf_s)
-
-
-def daly(cost_s: float, mtbf_s: float) -> float:
-    """The same to higher order; the mean time between failures itself where a save costs half of that or more."""
-    _check(cost_s, mtbf_s)
-    if cost_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = cost_s / (2 * mtbf_s)
-    return young(cost_s, mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost_s
+from holdfast.snapshot.interval import PUBLISHED_GPU_HOURS_PER_FAILURE, check_costs
 
 
 def efficiency(interval_s: float, cost_s: float, mtbf_s: float, restart_s: float = 0.0) -> float:
     """The share of time that is work, with saves every `interval_s` of work (Daly 2006, eq. 20, of exponential failures)."""
-    _check(cost_s, mtbf_s)
+    check_costs(cost_s, mtbf_s)
     if interval_s <= 0:
         raise ConfigError(f"an interval of {interval_s} s is none")
     exponent = (interval_s + cost_s) / mtbf_s
@@ -42,25 +24,37 @@ def efficiency(interval_s: float, cost_s: float, mtbf_s: float, restart_s: float
     return interval_s / (mtbf_s * math.exp(restart_s / mtbf_s) * math.expm1(exponent))
 
 
-def steps_between(cost_s: float, mtbf_s: float, step_s: float) -> int:
-    """Daly's interval as a whole number of steps, at least one."""
-    return max(1, round(daly(cost_s, mtbf_s) / step_s)) if cost_s > 0 else 1
-
-
-def _check(cost_s: float, mtbf_s: float) -> None:
-    if cost_s < 0 or mtbf_s <= 0:
-        raise ConfigError(f"a save costs at least 0 s and failures are more than 0 s apart; got {cost_s} and {mtbf_s}")
+KINDS = 7
+"""Of jobs, by how often they fail: as published, ten times as often, … a million times, which is every three minutes of one GPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRate:
     """What is believed of the failures per GPU-hour: a gamma distribution of shape `failures` and rate `gpu_hours`.
 
-    It begins as one failure seen in 50,700 GPU-hours, so it gives way to a job's own failures after the first few.
+    It begins as one failure seen in 50,700 GPU-hours.
     """
 
     failures: float = 1.0
     gpu_hours: float = PUBLISHED_GPU_HOURS_PER_FAILURE
+
+    @classmethod
+    def learned(cls, failures: int, gpu_hours: float) -> FailureRate:
+        """What a job believes that has seen so many failures in so many GPU-hours.
+
+        A small job would need years to outweigh 50,700 GPU-hours. So it may also be of a kind that fails ten, a hundred, … times
+        as often as was published, each a tenth as likely as the one before; what it has seen is weighed under each, and the
+        likeliest is believed.
+        """
+        kinds = [cls(gpu_hours=PUBLISHED_GPU_HOURS_PER_FAILURE / 10**tens) for tens in range(KINDS)]
+        odds = [kind._log_evidence(failures, gpu_hours) - tens * math.log(10) for tens, kind in enumerate(kinds)]
+        return kinds[odds.index(max(odds))].observe(failures, gpu_hours)
+
+    def _log_evidence(self, failures: int, gpu_hours: float) -> float:
+        """Logarithm of the probability of what was seen, less what all rates have in common (gamma-Poisson)."""
+        seen = math.lgamma(self.failures + failures) - math.lgamma(self.failures)
+        longer = self.gpu_hours + gpu_hours
+        return seen + self.failures * math.log(self.gpu_hours) - (self.failures + failures) * math.log(longer)
 
     def observe(self, failures: int, gpu_hours: float) -> FailureRate:
         """After seeing so many more failures in so many more GPU-hours."""
@@ -75,6 +69,11 @@ class FailureRate:
     def mtbf_s(self, gpus: int) -> float:
         """Mean time between failures of a job of so many GPUs, at the mean of the rate."""
         return 3600 / (self.per_gpu_hour * gpus)
+
+    def text(self, gpus: int) -> str:
+        """For the log: "one failure is expected every 12.3 h (90 % range 5.1 to 60 h)"."""
+        low, high = (f"{seconds / 3600:.2g}" for seconds in self.mtbf_range_s(gpus))
+        return f"one failure is expected every {self.mtbf_s(gpus) / 3600:.3g} h (90 % range {low} to {high} h)"
 
     def mtbf_range_s(self, gpus: int, probability: float = 0.9) -> tuple[float, float]:
         """The shortest and longest mean time between failures that are credible, with this probability in between."""

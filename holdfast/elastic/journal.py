@@ -262,7 +262,7 @@ def _begin(path: Path, value: dict[str, Any]) -> Begin:
 def _lines(path: Path) -> Iterable[Any]:
     lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-        value = _sound(line)
+        value = decode_line(line)
         if value is not None:
             yield value
         elif number < len(lines):  # what follows the last newline is torn, or nothing
@@ -286,11 +286,8 @@ class LastWords:
 
 def last_words(path: Path, *, tail_nbytes: int = 1 << 16) -> LastWords | None:
     """From the head and the tail of a journal only, however long it is; None for one without a sound line."""
-    with path.open("rb") as file:
-        head = file.readline()
-        file.seek(max(len(head), path.stat().st_size - tail_nbytes))
-        tail = file.read()
-    values = [value for line in [head, *tail.split(b"\n")] if (value := _sound(line.rstrip(b"\n"))) is not None]
+    head, tail = _ends(path, tail_nbytes)
+    values = [value for value in (head, *tail) if value is not None]
     begins = [value for value in values if isinstance(value, dict) and "begin" in value]
     steps = [value for value in values if isinstance(value, list)]
     ends = [value for value in values if isinstance(value, dict) and "end" in value]
@@ -301,20 +298,50 @@ def last_words(path: Path, *, tail_nbytes: int = 1 << 16) -> LastWords | None:
     return LastWords(begins[0]["rank"], step, time_s, *end)
 
 
+def words_of_last_attempt(place: Path) -> list[LastWords]:
+    """What the ranks of the attempt before left, as far as their journals are here."""
+    return [word for path in _of_last_attempt(place) if (word := last_words(path, tail_nbytes=1 << 12)) is not None]
+
+
+def _of_last_attempt(place: Path) -> list[Path]:
+    attempt = last_attempt(place)
+    return sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
+
+
 def pace(place: Path, *, tail_nbytes: int = 1 << 14) -> tuple[float, int]:
     """Seconds of a step and the newest step of the attempt before, by one rank's last lines; zeros where there are none."""
-    attempt = last_attempt(place)
-    paths = sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
-    words = [word for path in paths if (word := last_words(path, tail_nbytes=1 << 12)) is not None]
-    with paths[0].open("rb") if paths else open(os.devnull, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - tail_nbytes))
-        values = [_sound(line) for line in file.read().split(b"\n")]
-    times = [value[1] for value in values if isinstance(value, list)]
+    paths = _of_last_attempt(place)
+    times = [value[1] for value in _ends(paths[0], tail_nbytes)[1] if isinstance(value, list)] if paths else []
     step_s = median(later - sooner for sooner, later in pairwise(times)) if len(times) > 1 else 0.0
-    return step_s, max((word.step for word in words), default=0)
+    return step_s, max((word.step for word in words_of_last_attempt(place)), default=0)
 
 
-def _sound(line: bytes) -> Any:
+def taken_s(place: Path, *, tail_nbytes: int = 1 << 12) -> float:
+    """Seconds that all ranks of all attempts took together, by the head and tail of one journal of each attempt."""
+    first: dict[str, Path] = {}
+    for path in sorted((place / "journal").glob("*-rank-*.log")):
+        first.setdefault(path.name.split("-")[0], path)
+    return sum(_taken_s(*_ends(path, tail_nbytes)) for path in first.values())
+
+
+def _taken_s(head: Any, tail: Sequence[Any]) -> float:
+    if head is None:
+        return 0.0
+    times = [value["end"] if isinstance(value, dict) else value[1] for value in tail]
+    return float(max(0.0, max([head["time_s"], *times]) - head["entered_s"]) * head["world"])
+
+
+def _ends(path: Path, tail_nbytes: int) -> tuple[Any, list[Any]]:
+    """The first line of a journal, or None, and the sound ones of its last bytes."""
+    with path.open("rb") as file:
+        head = file.readline()
+        file.seek(max(len(head), path.stat().st_size - tail_nbytes))
+        tail = [value for line in file.read().split(b"\n") if (value := decode_line(line)) is not None]
+    return decode_line(head.rstrip(b"\n")), tail
+
+
+def decode_line(line: bytes) -> Any:
+    """What `encode_line` was given; None for a line that is torn or damaged."""
     text, _, told = line.rpartition(b"\t")
     return json.loads(text) if text and told == b"%08x" % crc32c(text) else None
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from holdfast.elastic.accounting import Account, account
 from holdfast.elastic.incidents import Incident, read_incidents
-from holdfast.elastic.interval import FailureRate, daly, young
+from holdfast.elastic.interval import FailureRate
 from holdfast.elastic.journal import histories, read_journals
+from holdfast.snapshot.interval import daly, young
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def make_report(run: str, places: Sequence[Path]) -> Report:
 
 
 def _advise(failures: int, found: Account, world: int) -> Advice:
-    rate = FailureRate().observe(failures, found.rank_seconds / 3600)
+    rate = FailureRate.learned(failures, found.rank_seconds / 3600)
     mtbf_s, cost_s = rate.mtbf_s(world), found.stall_per_step_s
     low, high = rate.mtbf_range_s(world)
     return Advice(failures, found.rank_seconds / 3600, mtbf_s, low, high, cost_s, young(cost_s, mtbf_s), daly(cost_s, mtbf_s))

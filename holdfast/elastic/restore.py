@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from holdfast import ckpt
 from holdfast.arrays import FragmentTable
 from holdfast.ckpt.storage import Place, place
-from holdfast.elastic.incidents import read_incidents
-from holdfast.elastic.journal import pace
+from holdfast.elastic.incidents import is_incident, read_incidents
+from holdfast.elastic.interval import FailureRate
+from holdfast.elastic.journal import pace, taken_s, words_of_last_attempt
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
 from holdfast.elastic.team import Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
@@ -65,7 +66,7 @@ class Recovery:
 @dataclass(frozen=True, slots=True)
 class Restored:
     """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity. `checkpoint` is the
-    newest step that is a checkpoint, or 0."""
+    newest step that is a checkpoint, or 0. `rate` is how often this run is believed to fail."""
 
     step: int = 0
     index: int = 1
@@ -73,6 +74,7 @@ class Restored:
     in_memory: bool = False
     recovery: Recovery | None = None
     checkpoint: int = 0
+    rate: FailureRate = field(default_factory=FailureRate)
 
 
 def newest(
@@ -112,7 +114,7 @@ def newest(
             lap("checkpoint")
             if not problem:
                 recovery = Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
-                return Restored(step=chosen.step, recovery=recovery, checkpoint=chosen.step)
+                return Restored(step=chosen.step, recovery=recovery, checkpoint=chosen.step, rate=known.rate)
             notes.append(problem)
             failed.add(chosen.step)
             continue
@@ -122,7 +124,7 @@ def newest(
         if not damaged:
             raise_first(outcomes)
             restored = _restored_from(plan, chosen.rung, surveys, team, notes, why)
-            return replace(restored, checkpoint=max(known.stored, default=0))
+            return replace(restored, checkpoint=max(known.stored, default=0), rate=known.rate)
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
         logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
         distrusted |= {(node, plan.step) for node in damaged}
@@ -135,7 +137,7 @@ def newest(
             f"snapshots exist and none can be restored: {'; '.join(notes)}. There is no checkpoint to fall back to. Bring a lost "
             "node back with its memory, or start anew under another name (protect(name=…)) or after `holdfast down`"
         )
-    return Restored()
+    return Restored(rate=known.rate)
 
 
 def _plans(surveys: list[Survey], distrusted: Distrusted) -> tuple[list[RestorePlan], list[str]]:
@@ -174,18 +176,21 @@ def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What rank 0 knows for all: sound checkpoints (newest first), what is wrong with newer ones, and what recoveries cost."""
+    """What rank 0 knows for all: sound checkpoints (newest first), what is wrong with newer ones, what recoveries cost, and how
+    often one is needed."""
 
     stored: tuple[int, ...]
     problems: tuple[str, ...]
     prices: Prices
+    rate: FailureRate
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> _Known:
-        return cls(tuple(fields["stored"]), tuple(fields["problems"]), Prices(**fields["prices"]))
+        stored, problems = tuple(fields["stored"]), tuple(fields["problems"])
+        return cls(stored, problems, Prices(**fields["prices"]), FailureRate(**fields["rate"]))
 
 
 def _look(checkpoints: str | None, records: Path | None) -> _Known:
@@ -200,19 +205,22 @@ def _look(checkpoints: str | None, records: Path | None) -> _Known:
             problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
         if len(stored) == CHECKPOINTS_TRIED:
             break
-    return _Known(tuple(stored), tuple(problems), _prices(records))
+    return _Known(tuple(stored), tuple(problems), *_learned(records))
 
 
-def _prices(records: Path | None) -> Prices:
+def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
     """From the journals and incidents of this run; they are advice, so damaged ones cost the advice and nothing else."""
     if records is None:
-        return Prices()
+        return Prices(), FailureRate()
     try:
+        incidents = read_incidents(records)
         step_s, reached = pace(records)
-        return measured_prices(read_incidents(records), step_s=step_s, reached_step=reached)
+        prices = measured_prices(incidents, step_s=step_s, reached_step=reached)
+        failures = len(incidents) + is_incident(words_of_last_attempt(records))  # its record is written when it is over
+        return prices, FailureRate.learned(failures, taken_s(records) / 3600)
     except (HoldfastError, OSError) as error:
-        logger.warning("what earlier recoveries cost cannot be read (%s); assumed prices are used", error)
-        return Prices()
+        logger.warning("what earlier failures cost cannot be read (%s); assumed prices and rates are used", error)
+        return Prices(), FailureRate()
 
 
 def _directory(checkpoints: str) -> Place:

@@ -11,14 +11,11 @@ import json
 import logging
 import math
 import socket
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +23,12 @@ import torch.distributed as dist
 
 from holdfast.coding import crc32c
 from holdfast.elastic._torch_private import collectives_entered
+from holdfast.elastic.pulse import stack_of
 from holdfast.elastic.team import Team
-from holdfast.elastic.verdicts import (
+from holdfast.environment import Environment
+from holdfast.events import emit
+from holdfast.snapshot.state import local_part
+from holdfast.snapshot.verdicts import (
     Progress,
     Verdict,
     judge_hang,
@@ -35,9 +36,6 @@ from holdfast.elastic.verdicts import (
     judge_replicas,
     judge_stragglers,
 )
-from holdfast.environment import Environment
-from holdfast.events import emit
-from holdfast.snapshot.state import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +116,11 @@ class HangWatch:
             if self._seen.get(name, (-1, now))[0] != entered:
                 self._seen[name] = (entered, now)
             still_s = now - self._seen[name][1]
-            mine[name] = {"entered": entered, "still_s": still_s, "stack": self._stack() if still_s > self._after_s / 2 else ()}
+            mine[name] = {
+                "entered": entered,
+                "still_s": still_s,
+                "stack": stack_of(self._main) if still_s > self._after_s / 2 else (),
+            }
         self._store.set(f"watch/{self._rank}", json.dumps({"at": time.time(), "groups": mine}))
 
     def _read(self) -> dict[str, dict[int, Progress]]:
@@ -134,12 +136,6 @@ class HangWatch:
                 if name in found and rank in self._groups[name][1]:
                     found[name][rank] = Progress(item["entered"], item["still_s"], tuple(item["stack"]))
         return found
-
-    def _stack(self) -> tuple[str, ...]:
-        """Where the training thread is, innermost first."""
-        frame = sys._current_frames().get(self._main)
-        frames = traceback.extract_stack(frame)[::-1] if frame is not None else []
-        return tuple(f"{item.name} ({Path(item.filename).name}:{item.lineno})" for item in frames[:8])
 
 
 # -- in the loop ----------------------------------------------------------------------------------------------------------------

@@ -25,7 +25,9 @@ from holdfast.elastic.inplace import InPlace, Step, in_place, reset
 from holdfast.elastic.journal import records_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
+from holdfast.elastic.pulse import Heart
 from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
+from holdfast.elastic.sensors import announce
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -48,6 +50,7 @@ from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, 
 from holdfast.snapshot.fence import Fence
 from holdfast.snapshot.lifeline import Lifeline
 from holdfast.snapshot.state import TrackedState
+from holdfast.snapshot.verdicts import Verdict
 from holdfast.snapshot.view import Member, View, effective_parity
 
 logger = logging.getLogger(__name__)
@@ -67,10 +70,12 @@ class Settings:
     snapshot_every: int
     snapshot_adaptive: bool
     checkpoint_every: int
+    checkpoint_adaptive: bool
     name: str | None
     memory_dir: str | None
     on_nan: str
     grace_s: float = 20.0
+    diagnose_s: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +142,7 @@ class Run:
         self._staleness = guards.Staleness(self.name)
         self._witness: Witness | None = None
         self._chronicle: Chronicle | None = None
+        self._heart: Heart | None = None
 
     @property
     def stats(self) -> Stats:
@@ -224,6 +230,21 @@ class Run:
             recovery=self.recovery,
             phases=clock.laps,
         )
+        self._begin_pulse(link)
+
+    def _begin_pulse(self, link: Link) -> None:
+        if not self._settings.diagnose_s:
+            return
+        after_s, chronicle, held = self._settings.diagnose_s, self._chronicle, self._tracked.held()
+
+        def tell(verdict: Verdict) -> None:
+            announce(verdict)
+            if chronicle is not None:
+                chronicle.note(verdict)
+
+        sums = self._running().take_sums
+        self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
+        self._held.callback(self._heart.stop)
 
     def _agree_on_structure(self, team: Team) -> None:
         """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
@@ -288,6 +309,9 @@ class Run:
             every=self._settings.snapshot_every,
             adaptive=self._settings.snapshot_adaptive,
             checkpoint_every=self._settings.checkpoint_every,
+            checkpoint_adaptive=self._settings.checkpoint_adaptive,
+            failures=restored.rate.failures,
+            gpu_hours=restored.rate.gpu_hours,
             checkpoints=self._settings.checkpoints,
             committed=restored.step,
             index=restored.index,
@@ -297,6 +321,8 @@ class Run:
             grace_s=self._settings.grace_s,
             guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
         )
+        if team.rank == 0 and (view.adaptive or view.checkpoint_adaptive):
+            logger.info("%s: %s; intervals follow from that and what saves cost", self.name, restored.rate.text(team.world))
         if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
             logger.warning(
                 "%d node(s) hold this run: snapshots survive a dying trainer, but not %d lost node(s); only checkpoints do",
@@ -375,6 +401,8 @@ class Run:
             self._witness.completed(self.step, self._tracked)
         if self._chronicle is not None:
             self._chronicle.step_done(self.step, capturer.stats.stall_s)
+        if self._heart is not None:
+            self._heart.step_done(self.step)
         # DDP arranges its buckets after the first step; before that, the order of its sums is not the one to come back to.
         capturer.step_done(self.step, ripe=self.step > 1 or not self._tracked.replicated)
         self._staleness.look(capturer.link.page["committed"], self.step, time.monotonic())
@@ -406,6 +434,8 @@ class Run:
         finally:
             if self._chronicle is not None:
                 self._chronicle.close(self.step, error)
+            if self._heart is not None:
+                self._heart.close()
             self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
@@ -414,6 +444,8 @@ class Run:
         Raises CheckpointFailed when the last step was to become a checkpoint and did not; the keepers then hold on to it.
         """
         link = capturer.link
+        if self._heart is not None:
+            self._heart.close()
         link.finishing(self.step, keep=self._settings.checkpoints is not None)
         deadline = time.monotonic() + LEAVING_TIMEOUT_S
         while not link.is_over():

@@ -11,7 +11,8 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch.optim import Optimizer
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import crash_point, emit
 from holdfast.objects import encode_object
-from holdfast.snapshot.capture_plan import CapturePlan, Part, plan_capture, samples, slot_view, source_of
+from holdfast.snapshot import replicas
+from holdfast.snapshot.capture_plan import CapturePlan, Owners, Part, plan_capture, samples, slot_view, source_of
 from holdfast.snapshot.client import Link
 from holdfast.snapshot.device import DeviceCopies
-from holdfast.snapshot.state import RNG, TrackedState, rng_states
+from holdfast.snapshot.replicas import Portion
+from holdfast.snapshot.state import RNG, Held, TrackedState, rng_states
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +75,9 @@ class Shot:
     rng: dict[str, Any]
     ready: torch.cuda.Event | None
     gates: dict[tuple[int, int] | None, _Gate]
+    portion: Portion = ()
+    """What is to be compared with the other replicas, and its versions when the capture began."""
+    portion_versions: Mapping[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -89,6 +95,10 @@ class Capturer:
         self._handled = (0, 0)
         self._done, self._stall_s = time.perf_counter(), 0.0
         self._device = DeviceCopies()
+        self._planned: tuple[list[Held], Owners] = ([], {})
+        self._portions: list[Portion] | None = None
+        self._looked = 0
+        self._sums: deque[tuple[int, dict[str, int]]] = deque(maxlen=8)
         link.before_unmap = self._device.unpin
         self._thread = threading.Thread(target=self._run, name="holdfast-capture", daemon=True)
         self._thread.start()
@@ -144,9 +154,29 @@ class Capturer:
             (part, source_of(part).clone(memory_format=torch.contiguous_format)) for part in plan.parts if not part.held.lazy
         ]
         ready = self._device.mark(part.held.tensor for part in plan.parts)
-        self._gates = {batch.owner: _Gate() for batch in plan.batches}
+        portion = () if ready is not None else self._next_portion()
+        changed_by = [*(batch.owner for batch in plan.batches), *(piece.owner for piece in portion)]
+        self._gates = {owner: _Gate() for owner in changed_by}
         self._idle.clear()
-        return Shot(step, index, plan, eager, _versions(plan), objects, rng, ready, self._gates)
+        versions = _versions(plan)
+        return Shot(step, index, plan, eager, versions, objects, rng, ready, self._gates, portion, replicas.versions(portion))
+
+    def _next_portion(self) -> Portion:
+        """What the keepers want to have compared with this capture; nothing most of the time."""
+        look, before = self.link.page["look"], self._looked
+        self._looked = look
+        if look == before:
+            return ()
+        if self._portions is None:
+            self._portions = replicas.portions(*self._planned)
+        return self._portions[look % len(self._portions)] if self._portions else ()
+
+    def take_sums(self) -> list[tuple[int, dict[str, int]]]:
+        """The steps and sums of portions that were not taken yet. On any thread."""
+        found = []
+        while self._sums:
+            found.append(self._sums.popleft())
+        return found
 
     def plan(self) -> CapturePlan:
         """The plan for the state as it is now; computed anew only when something has changed."""
@@ -157,7 +187,8 @@ class Capturer:
 
     def _new_plan(self, signature: tuple[int, ...]) -> CapturePlan:
         held = self.state.held()
-        self._plan = plan_capture(held, self.rank, signature, self.state.owners())
+        self._planned, self._portions = (held, self.state.owners()), None
+        self._plan = plan_capture(held, self.rank, signature, self._planned[1])
         return self._plan
 
     def fence(self, optimizer: Optimizer | None = None, group: int | None = None) -> None:
@@ -245,6 +276,7 @@ class Capturer:
         """Fill the slot, batch by batch; returns the first array that was changed before its batch was done."""
         if shot.ready is not None:
             return self._device.copy(shot, body)
+        self._sum(shot)
         for batch in shot.plan.batches:
             for part in batch.parts:
                 _copy_bytes(source_of(part), body, part)
@@ -255,6 +287,13 @@ class Capturer:
         for part, copy in shot.eager:
             _copy_bytes(copy, body, part)
         return None
+
+    def _sum(self, shot: Shot) -> None:
+        """First of all, while every gate is down."""
+        if shot.portion:
+            self._sums.append((shot.step, replicas.sums(shot.portion, shot.portion_versions)))
+        for owner in shot.gates.keys() - {batch.owner for batch in shot.plan.batches}:
+            shot.gates[owner].open.set()
 
 
 def _copy_bytes(source: torch.Tensor, body: memoryview, part: Part) -> None:

@@ -71,6 +71,11 @@ class Link:
         """Called with a slot's body before its mapping goes, by the one who has told a device about that memory."""
 
     @property
+    def who(self) -> dict[str, Any]:
+        """What a keeper knows this trainer by, on connections that others of its threads open."""
+        return dict(self._who)
+
+    @property
     def committed_step(self) -> int:
         """The newest step that all nodes have committed; after `close`, what it was then."""
         if not self._closed:

@@ -26,6 +26,7 @@ from holdfast import errors
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
 from holdfast.snapshot.client import connect
+from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
 
 logger = logging.getLogger(__name__)
@@ -297,6 +298,8 @@ class NodeStatus:
     group: tuple[int, ...] = ()
     last_scrub: dict[str, Any] | None = None
     last_drill: dict[str, Any] | None = None
+    intervals: dict[str, Any] | None = None
+    verdicts: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +317,10 @@ class JobStatus:
     checkpoint_step: int
     survivable_losses: int
     nodes: list[NodeStatus]
+    intervals: Intervals | None = None
+    """How often the run saves and why, where the keeper that decides it is on this host and has seen enough."""
+    verdicts: tuple[dict[str, Any], ...] = ()
+    """Who was found to hold the run up since it last started, with `time_s` and the evidence; oldest first."""
 
 
 def status(name: str | None = None, *, memory: Path | None = None) -> list[JobStatus]:
@@ -335,6 +342,8 @@ def _job_status(place: Path) -> JobStatus:
         checkpoint_step=max((node.checkpoint_step for node in alive), default=0),
         survivable_losses=min((_losses_left(node, nodes) for node in alive), default=0),
         nodes=nodes,
+        intervals=next((Intervals(**node.intervals) for node in alive if node.intervals), None),
+        verdicts=max((node.verdicts for node in alive), key=len, default=()),
     )
 
 
@@ -375,6 +384,8 @@ def _node_status(place: Path) -> NodeStatus:
         group=tuple(found["group"]),
         last_scrub=found["last_scrub"],
         last_drill=found["last_drill"],
+        intervals=found["intervals"],
+        verdicts=tuple(found["verdicts"]),
         **{
             word: sum(counts[word] for counts in found["counts"].values())
             for word in ("captured", "skipped", "dropped", "failed")

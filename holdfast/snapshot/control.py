@@ -14,7 +14,7 @@ NBYTES = 4096
 
 # word -> who writes it
 _TRAINER = {"pid": 0, "completed": 1, "finishing": 2, "capture_us": 3, "step_us": 4}
-_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12, "unsaved": 13}
+_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12, "unsaved": 13, "look": 14}
 COUNTS = {"completed": 1, "captured": 24, "skipped": 25, "dropped": 26, "failed": 27, "stall_us": 28}  # the trainer
 _GUARD = {"poisoned": 32}  # the keeper: the step at which it found parameters that are not finite, and was told to step back
 _WORDS = _TRAINER | _KEEPER | COUNTS | _GUARD

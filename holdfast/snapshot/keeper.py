@@ -11,6 +11,7 @@ others may read, and the end; each other story has a file of its own:
     repair.py       what a lost node held is recomputed
     watch.py        scrubs, drills, and how many losses are survivable now
     poison.py       snapshots that hold NaN
+    diagnosis.py    which rank holds the others up
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from holdfast.snapshot import spill
 from holdfast.snapshot.birth import SOCKET, advertised, host_identity, identity, listen, only_one, write_endpoint
 from holdfast.snapshot.control import COUNTS
 from holdfast.snapshot.coordinator import Acknowledged, Finishing, Input
+from holdfast.snapshot.diagnosis import Diagnosis
 from holdfast.snapshot.exchange import SlotReader, check_holds
 from holdfast.snapshot.lead import Lead
 from holdfast.snapshot.membership import Membership
@@ -53,8 +55,8 @@ from holdfast.snapshot.wire import Connection, FileRange, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
 
-UNLOCKED = frozenset({"parity", "spill"})
-"""Verbs of an epoch that move many bytes; they guard themselves. All others run while nothing else changes."""
+UNLOCKED = frozenset({"parity", "spill", "pulses"})
+"""Verbs of an epoch that move many bytes or compare many ranks; they guard themselves. All others run while nothing changes."""
 
 URGENT = {"attach", "survey", "tables", "join", "begin", "rebuild", "check", "share", "decode"}
 """Trainers stand still until these are answered."""
@@ -91,8 +93,9 @@ class Keeper:
         self.checkpointed = 0
         self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
         self.preempt, self.repair = Preempt(self), Repair(self)
-        self.watch, self.poison = Watch(self), PoisonGuard(self)
-        parts = (self, self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison)
+        self.watch, self.poison, self.diagnosis = Watch(self), PoisonGuard(self), Diagnosis(self)
+        stories = (self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison, self.diagnosis)
+        parts = (self, *stories)
         self._verbs = {name[5:]: getattr(part, name) for part in parts for name in dir(part) if name.startswith("verb_")}
         former = identity(memory)
         listeners, port = listen(memory / SOCKET, bind, former.port)
@@ -191,6 +194,7 @@ class Keeper:
             self.rounds.reset()
             self.lead.reset(fresh)
             self.preempt.reset()
+            self.diagnosis.reset()
             self.checkpointed = fresh.spilled
             if not fresh.in_memory:
                 for slot in self.slots.values():
@@ -332,6 +336,8 @@ class Keeper:
                 "world": self.members.view.world if self.members.view else 0,
                 "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.trainers.pages.items()},
                 "refused": self.poison.refused,
+                "verdicts": self.diagnosis.verdicts,
+                "intervals": asdict(self.lead.intervals) if self.lead.intervals else None,
                 **self.watch.status(),
             }
 

@@ -33,7 +33,7 @@ from holdfast.snapshot.coordinator import (
     SpillEnded,
     Stop,
 )
-from holdfast.snapshot.interval import Pace
+from holdfast.snapshot.interval import ASSUMED_CHECKPOINT_S, Intervals, Pace, checkpoint_seconds, is_news
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Connection, Header
 
@@ -61,10 +61,15 @@ class Lead:
         self._spill_problem = ""
         self._writing = threading.Lock()
         self._pace = Pace()
+        self._checkpoint_s = 0.0
+        self._began = time.monotonic()
+        self.intervals: Intervals | None = None
+        self._said: Intervals | None = None
 
     def reset(self, view: View) -> None:
         """Lead the epoch of `view`, or do not. Called with the lock held."""
         self._guests, self._checked, self.coordinator = view.guests, (), None
+        self._began, self.intervals, self._said = time.monotonic(), None, None
         if view.coordinator == self._keeper.node:
             self.coordinator = Coordinator(
                 (member.node for member in view.members),
@@ -106,7 +111,8 @@ class Lead:
     def _act(self, action: Action, coordinator: Coordinator) -> None:
         match action:
             case Announce(step, index, number):
-                self._members.broadcast("announce", step=step, index=index, round=number)
+                look = self._keeper.diagnosis.look()
+                self._members.broadcast("announce", step=step, index=index, round=number, look=look)
             case Protect(step, index, number):
                 self._members.broadcast("protect", step=step, index=index, round=number)
             case Commit(step, index):
@@ -135,6 +141,7 @@ class Lead:
             with self._writing:  # one of an epoch that is over may still be ending
                 path, nbytes = spill.write_checkpoint(view, action.step, action.index, is_current)
             seconds, ok = time.perf_counter() - started, True
+            self._checkpoint_s = seconds
             logger.info("checkpoint of step %d: %s, %.1f MiB in %.2f s", action.step, path, nbytes / 2**20, seconds)
             emit("checkpoint.committed", job=view.job, step=action.step, path=str(path), nbytes=nbytes, seconds=seconds)
             with self._lock:
@@ -163,12 +170,38 @@ class Lead:
             self._check_layout(step, index)
 
     def _adapt(self, coordinator: Coordinator) -> None:
-        """With `snapshot_every="auto"`: once enough snapshots have been seen, as often as they are worth it."""
+        """Where "auto" was asked for: once enough snapshots have been seen, as often as they, and checkpoints, are worth it."""
         view, trainers = self._members.current(), self._keeper.trainers
         exchange_s = time.monotonic() - self._keeper.rounds.filled_at
         self._pace.add(exchange_s, [trainers.pages[rank] for rank in self._members.local_ranks])
+        mtbf_s, measured = view.mtbf_s(time.monotonic() - self._began), self._pace.measured()
         if view.adaptive:
-            coordinator.every = self._pace.steps(len(view.members))
+            coordinator.every = self._pace.steps(1 / mtbf_s)
+        if measured is None or measured.step_s <= 0:
+            return
+        if view.checkpoint_adaptive and coordinator.checkpoint_every:
+            wanted_s = checkpoint_seconds(self._checkpoint_s or ASSUMED_CHECKPOINT_S, mtbf_s)
+            wanted = max(1, round(wanted_s / measured.step_s))
+            # Every change may bring one checkpoint more than needed, because multiples of the new interval are others.
+            if is_news(wanted, coordinator.checkpoint_every):
+                coordinator.checkpoint_every = wanted
+        self._say_intervals(
+            Intervals(
+                snapshot_every=coordinator.every,
+                checkpoint_every=coordinator.checkpoint_every,
+                mtbf_s=mtbf_s,
+                checkpoint_s=self._checkpoint_s,
+                **asdict(measured),
+            ),
+            is_chosen=view.adaptive or view.checkpoint_adaptive,
+        )
+
+    def _say_intervals(self, now: Intervals, *, is_chosen: bool) -> None:
+        self.intervals = now
+        if is_chosen and (self._said is None or now.differs(self._said)):
+            self._said = now
+            logger.info("%s: %s", self._keeper.job, now)
+            emit("snapshot.intervals", job=self._keeper.job, **asdict(now))
 
     def _release_guests(self) -> None:
         """Keepers of an earlier membership are no longer needed once this one has committed a step."""

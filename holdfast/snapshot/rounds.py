@@ -127,8 +127,11 @@ class Rounds:
 
     # -- verbs of peers --
 
-    def verb_announce(self, step: int, index: int, round: int) -> None:
-        """Empty slot `index` everywhere on this node and let the ranks capture `step` into it."""
+    def verb_announce(self, step: int, index: int, round: int, look: int = 0) -> None:
+        """Empty slot `index` everywhere on this node and let the ranks capture `step` into it.
+
+        A `look` that was not announced before has them sum that portion of what they hold alike.
+        """
         with self._lock:
             self._enter(step, index, round)
             ranks = self._members.local_ranks
@@ -136,6 +139,7 @@ class Rounds:
                 self._slots.void(name, self._members.epoch)
             crash_point("keeper.announced")
             for rank in ranks:
+                self._keeper.trainers.pages[rank]["look"] = look
                 self._keeper.trainers.pages[rank].set_target(step, index)
 
     def verb_protect(self, step: int, index: int, round: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from holdfast.coding import Group, RotatingLayout, form_groups
+from holdfast.snapshot.interval import PUBLISHED_GPU_HOURS_PER_FAILURE
 
 
 class _Json:
@@ -131,6 +132,15 @@ class View(_Json):
     guests: tuple[Member, ...] = ()
     adaptive: bool = False
     """`every` is where to begin; the coordinator's keeper changes it to what the measured cost suggests."""
+    checkpoint_adaptive: bool = False
+    """The same of `checkpoint_every`."""
+    failures: float = 1.0
+    gpu_hours: float = PUBLISHED_GPU_HOURS_PER_FAILURE
+    """What this run knew of its failures when the epoch began, as a gamma distribution: one failure in so many GPU-hours each."""
+
+    def mtbf_s(self, running_s: float) -> float:
+        """Mean time between failures of this run, after the epoch has gone on for so long without one."""
+        return (3600 * self.gpu_hours / self.world + running_s) / self.failures
 
     @property
     def coordinator(self) -> int:

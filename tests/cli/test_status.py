@@ -19,6 +19,7 @@ import pytest
 from holdfast.cli import main
 from holdfast.cli.status import prometheus, text_of
 from holdfast.snapshot.cluster import JobStatus, NodeStatus, node_memory, status
+from holdfast.snapshot.interval import Intervals
 from tests.snapshot.test_keeper import Cluster
 
 NODE = NodeStatus(
@@ -68,6 +69,20 @@ def test_a_healthy_run_in_words() -> None:
         "last drill 2 min ago: rebuilt blocks agree",
     ]
     assert lines[-1].split() == ["0", "77", "41", "2.5", "s", "3.0", "MiB", "3", "1", "0", "0", "(11),", "1", "(12)"]
+
+
+def test_how_often_a_run_saves_and_who_holds_it_up_are_said_with_reasons() -> None:
+    known = {"exchange_s": 0.04, "step_s": 0.5, "checkpoint_s": 3.0, "mtbf_s": 7200.0}
+    often = Intervals(snapshot_every=1, checkpoint_every=400, stall_s=0.001, **known)
+    verdicts = tuple(
+        {"time_s": 900.0 + rank, "trouble": "hang", "guilty": [rank], "confidence": 0.9, "evidence": ["it does not come"]}
+        for rank in (1, 3)
+    )
+    found = dataclasses.replace(job(NODE, losses=1), intervals=often, verdicts=verdicts)
+    lines = text_of(found, now_s=1000.0).splitlines()
+    assert lines[3] == str(often)
+    assert lines[4] == "97.0 s ago (1 verdict before): hang: rank 3 (90% sure); it does not come"
+    assert 'holdfast_verdicts{run="run"} 2' in prometheus([found], 1000.0)
 
 
 @pytest.mark.parametrize(

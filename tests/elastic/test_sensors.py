@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from holdfast.elastic.sensors import probe_links
-from holdfast.elastic.verdicts import judge_links
+from holdfast.snapshot.verdicts import judge_links
 
 SCRIPT = Path(__file__).with_name("sensing.py")
 

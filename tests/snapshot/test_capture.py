@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from holdfast import events
 from holdfast.arrays import FragmentTable
+from holdfast.coding import crc32c
 from holdfast.objects import decode_object
 from holdfast.snapshot import capture as capture_module
+from holdfast.snapshot import replicas
 from holdfast.snapshot.capture import Capturer
 from holdfast.snapshot.capture_plan import Part, plan_capture, slot_view, source_of
 from holdfast.snapshot.fence import Fence
+from holdfast.snapshot.replicas import Piece
 from holdfast.snapshot.state import TrackedState
 
 PATIENCE_S = 60
@@ -42,7 +46,7 @@ class Page(dict[str, int]):
     """The words of a control page, without a file."""
 
     def __init__(self) -> None:
-        super().__init__(completed=0)
+        super().__init__(completed=0, look=0)
         self.target = (0, 0, 0)
 
     def order(self, step: int, index: int = 0) -> None:
@@ -188,6 +192,49 @@ def test_a_parameter_group_is_updated_while_the_next_one_is_still_copied(
     assert same(shelf.filled_steps[1][0], before)
     assert type(optimizer.param_groups) is list
     assert not torch.equal(model[0].weight, before["model/0.weight"])
+
+
+def test_a_parameter_that_only_another_replica_captures_is_not_changed_while_it_is_summed(
+    shelf: Shelf, capturing: Callable[..., Capturer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    capturer = capturing(model=model, optim=optimizer)
+    item = next(item for item in capturer.state.held() if item.name == "model/weight")
+    begun, go_on, whole, portion = (
+        threading.Event(),
+        threading.Event(),
+        replicas.sums,
+        (Piece(item.name, item, 0, 128, (0, 0)),),
+    )
+
+    def held_up(*args: Any) -> dict[str, int]:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return whole(*args)
+
+    plan = capture_module.plan_capture
+    monkeypatch.setattr(capture_module, "plan_capture", lambda *args: replace(plan(*args), batches=()))
+    monkeypatch.setattr(replicas, "portions", lambda *_: [portion])
+    monkeypatch.setattr(replicas, "sums", held_up)
+    model(torch.randn(2, 8)).sum().backward()
+    before = model.weight.detach().clone()
+    shelf.page["look"] = 1
+    shelf.page.order(1)
+    capturer.step_done(1)
+    assert begun.wait(PATIENCE_S)
+    stepping = threading.Thread(target=optimizer.step)
+    stepping.start()
+    stepping.join(0.2)
+    assert torch.equal(model.weight, before), "the optimizer waits"
+    go_on.set()
+    stepping.join()
+    capturer.settle()
+    assert capturer.take_sums() == [(1, {item.name: crc32c(before.numpy().data)})]
+    shelf.page.order(2)
+    capturer.step_done(2)
+    capturer.settle()
+    assert capturer.take_sums() == [], "the keepers have not asked for another portion"
 
 
 def test_after_a_step_that_failed_between_two_groups_the_optimizer_has_its_own_groups_again(

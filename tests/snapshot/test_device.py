@@ -63,6 +63,9 @@ class Mapped:
 class Page(dict[str, int]):
     target = (0, 0, 0)
 
+    def __init__(self) -> None:
+        super().__init__(look=0)
+
     def order(self, step: int) -> None:
         self.target = step, step % 2, self.target[2] + 1
 

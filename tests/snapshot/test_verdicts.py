@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from holdfast.elastic._torch_private import collectives_entered
-from holdfast.elastic.verdicts import (
+from holdfast.snapshot.verdicts import (
     Exit,
     Progress,
     judge_exits,
@@ -63,6 +63,7 @@ def test_the_rank_that_did_not_enter_is_named_with_its_stack():
         "group dp: collective 12 was entered by 3 of 4 ranks 40.0 s ago",
         "rank 2 has entered 11, not 12",
         "rank 2 is in forward (model.py:12) ← main (train.py:80)",
+        "rank 0 waits in forward (model.py:12) ← main (train.py:80)",
     )
 
 

@@ -1,7 +1,8 @@
 """What is wrong, and with whom: each detector as a pure function from observations to a verdict with its evidence.
 
 A verdict names the guilty only as far as the observations carry; `confidence` says how far that is. Sensors that gather the
-observations are in `sensors.py`; a simulator or a person can supply others.
+observations are in `diagnosis.py` and, for a loop of one's own, in `holdfast.elastic.sensors`; a simulator or a person can supply
+others.
 """
 
 from __future__ import annotations
@@ -102,11 +103,12 @@ def judge_leases(silent_for_s: Mapping[int, float], *, lease_s: float, me: int) 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """One rank in one process group: how many collectives it has entered, for how long that number has stood still, and where its
-    training thread is (innermost frame first)."""
+    training thread is (innermost frame first). `silent_s` is how long the process has said nothing, where that is too long."""
 
     entered: int
     still_s: float
     stack: tuple[str, ...] = ()
+    silent_s: float = 0.0
 
 
 def judge_hang(
@@ -132,14 +134,30 @@ def _hang_of(group: str, found: dict[int, Progress], members: Sequence[int], aft
     line = f"group {group}: collective {furthest} {entered}"
     if missing:
         return Verdict(Trouble.HANG, tuple(missing), 0.9, (line, f"{ranks_text(missing)} did not answer at all"))
+    silent = sorted(rank for rank, item in found.items() if item.silent_s)
+    if silent:
+        lines = tuple(
+            f"rank {rank} has said nothing for {found[rank].silent_s:.1f} s, and had entered {found[rank].entered} by then"
+            for rank in silent[:3]
+        )
+        return Verdict(Trouble.HANG, tuple(silent), 0.9, (line, *lines, *_waiting(found, furthest)))
     if furthest == least:
-        text = "all ranks are inside the same collective, so none is late: the network, or a rank that entered with other arguments"
+        text = "all ranks have entered it, so none is late: the network, other arguments on one of them, or long work of all"
         return Verdict(Trouble.HANG, (), 0.5, (line, text, *_stacks(found, list(found)[:1])))
     behind = sorted(rank for rank, item in found.items() if item.entered < furthest)
     first = sorted(rank for rank in behind if found[rank].entered == least)
     # Several that are one behind wait for the one that is furthest behind, through another group.
     lines = tuple(f"rank {rank} has entered {found[rank].entered}, not {found[rank].entered + 1}" for rank in first[:3])
-    return Verdict(Trouble.HANG, tuple(first), 0.95 if len(first) == 1 else 0.8, (line, *lines, *_stacks(found, first[:2])))
+    stacks = (*_stacks(found, first[:2]), *_waiting(found, furthest))
+    return Verdict(Trouble.HANG, tuple(first), 0.95 if len(first) == 1 else 0.8, (line, *lines, *stacks))
+
+
+def _waiting(found: Mapping[int, Progress], furthest: int) -> tuple[str, ...]:
+    """Where one of those stands that have entered the collective: which call it is."""
+    waiting = next(
+        (rank for rank, item in found.items() if item.entered == furthest and item.stack and not item.silent_s), None
+    )
+    return () if waiting is None else (f"rank {waiting} waits in {' ← '.join(found[waiting].stack[:4])}",)
 
 
 def _longest(found: Mapping[int, Progress]) -> float:
