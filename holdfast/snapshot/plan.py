@@ -134,7 +134,11 @@ def _plan_for(
         survey.member.node for survey in trusted if any((g.step, g.epoch) == (step, epoch) for g in survey.groups)
     }
     whole = all(record.node in have_parity for group in groups.values() for record in group.records)
-    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=committed and whole)
+    # Bytes that lie elsewhere, where a rescue has put them, cannot be encoded anew where they belong; the next snapshot is.
+    away = any(
+        holders[rank.rank] != record.node for group in groups.values() for record in group.records for rank in record.ranks
+    )
+    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=(committed and whole) or away)
 
 
 def _rebuilds(

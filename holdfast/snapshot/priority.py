@@ -41,9 +41,7 @@ class Priority:
         """Stand back, from now on. Before any thread is started: niceness is a thread's, and inherited by those it starts."""
         try:
             os.setpriority(os.PRIO_PROCESS, 0, NICE)
-            if _SESSION.exists():
-                if os.getsid(0) != os.getpid():
-                    os.setsid()
+            if _SESSION.exists() and _leads_session():
                 _SESSION.write_text(str(NICE))
                 self._lowered = True
                 threading.Thread(target=self._keep, name="holdfast-priority", daemon=True).start()
@@ -74,6 +72,14 @@ class Priority:
         with self._lock, suppress(OSError):
             _SESSION.write_text(str(niceness))
             self._now = niceness
+
+
+def _leads_session() -> bool:
+    """Whether this process has a session of its own by now. Who leads a process group, as Ray's workers do, cannot have one."""
+    with suppress(OSError):
+        if os.getsid(0) != os.getpid():
+            os.setsid()
+    return os.getsid(0) == os.getpid()
 
 
 priority = Priority()

@@ -134,6 +134,7 @@ def test_ranks_that_were_rebuilt_elsewhere_are_found_there() -> None:
     assert plan is not None
     assert plan.rebuilds == ()
     assert plan.holders == {0: 0, 1: 0, 2: 2}
+    assert plan.protected, "node 1 cannot encode bytes that it does not have, and waiting for it would never end"
     surveys[2] = survey(2, [], [kept])
     plan, reasons = plan_restore(surveys)
     assert plan is None, "node 2 lost its bytes, and node 1's place in the layout is empty"
