@@ -26,7 +26,8 @@ def test_a_preempted_run_goes_on_from_its_last_snapshot_though_all_memory_is_los
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
     launcher.wait(60)
-    (saved,) = (info.step for info in ckpt.list_steps(place))
+    # A step that was on its way when the word came may have been committed, and saved, after the first that was saved.
+    saved = max(info.step for info in ckpt.list_steps(place))
     assert saved >= 3
     assert ckpt.open_checkpoint(place, saved).verify().is_whole
     job.kill_keepers(job.memory)
