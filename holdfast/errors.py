@@ -100,3 +100,9 @@ class SnapshotLost(ClusterError):
     """More was lost than the redundancy covers, and no checkpoint is left to fall back to."""
 
     exit_code = 5
+
+
+def error_named(name: str) -> type[HoldfastError] | None:
+    """The class of that name, for an error that another process has put into words; None where there is none."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, HoldfastError) else None

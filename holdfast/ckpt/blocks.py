@@ -31,10 +31,7 @@ class BlockSums:
 
     def __init__(self, blocks: Crcs) -> None:
         self.blocks = blocks
-        spans, length = blocks[: len(blocks) // SPAN_BLOCKS * SPAN_BLOCKS].reshape(-1, SPAN_BLOCKS), BLOCK_NBYTES
-        while spans.shape[1] > 1:
-            spans, length = _shift(spans[:, 0::2], length) ^ spans[:, 1::2], 2 * length
-        self._spans = spans[:, 0]
+        self._spans = _joined(blocks[: len(blocks) // SPAN_BLOCKS * SPAN_BLOCKS].reshape(-1, SPAN_BLOCKS))
 
     def wrong(self, data: memoryview, start: int) -> list[tuple[int, int]]:
         """Blocks of the run that are not in `data`, which begins with the block at byte `start`: (number, CRC found instead)."""
@@ -59,19 +56,20 @@ def combine(crcs: Crcs, nbytes: int) -> int:
     if len(crcs) == 0:
         return 0
     whole, rest = divmod(nbytes, BLOCK_NBYTES)
-    total = _combine_equal(crcs[:whole])
+    total = int(_joined(crcs[:whole])) if whole else 0
     return crc32c_combine(total, int(crcs[-1]), rest) if rest else total
 
 
-def _combine_equal(crcs: Crcs) -> int:
+def _joined(crcs: Crcs) -> Crcs:
+    """CRC32C of the whole blocks along the last axis, one behind the other."""
     # Pairs are joined level by level. Zeros in front change nothing: 0 is the CRC of no bytes at all.
     length = BLOCK_NBYTES
-    while len(crcs) > 1:
-        if len(crcs) % 2:
-            crcs = np.concatenate([np.zeros(1, np.uint32), crcs])
-        crcs = _shift(crcs[0::2], length) ^ crcs[1::2]
-        length *= 2
-    return int(crcs[0]) if len(crcs) else 0
+    while crcs.shape[-1] > 1:
+        if crcs.shape[-1] % 2:
+            crcs = np.concatenate([np.zeros((*crcs.shape[:-1], 1), np.uint32), crcs], axis=-1)
+        crcs, length = _shift(crcs[..., 0::2], length) ^ crcs[..., 1::2], 2 * length
+    joined: Crcs = crcs[..., 0]
+    return joined
 
 
 def _shift(crcs: Crcs, nbytes: int) -> Crcs:

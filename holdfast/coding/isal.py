@@ -99,18 +99,18 @@ class Isal:
 class IsalKernel:
     """A matrix expanded into the tables that the library's kernels read."""
 
-    library: Isal
+    isal: Isal
     rows: int
     columns: int
     tables: Region
 
     def write(self, sources: Sequence[Region], targets: Sequence[Region]) -> None:
-        self.library.encode_data(
+        self.isal.encode_data(
             sources[0].size, self.columns, self.rows, self.tables.address, _addresses(sources), _addresses(targets)
         )
 
     def add(self, column: int, source: Region, targets: Sequence[Region]) -> None:
-        self.library.encode_update(
+        self.isal.encode_update(
             source.size, self.columns, self.rows, column, self.tables.address, source.address, _addresses(targets)
         )
 

@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import HashStore, ProcessGroup, ProcessGroupGloo
 
 from holdfast.elastic.board import Address, reach
 from holdfast.elastic.post import RestartNeeded
-from holdfast.elastic.transcript import Listening, Repeating, Transcript
+from holdfast.elastic.transcript import HEARD, Listening, Repeating, Transcript
 from holdfast.errors import HoldfastError, StaleEpoch
 
 logger = logging.getLogger(__name__)
@@ -207,26 +207,7 @@ class _EpochStore(Store):
 # -- the group -------------------------------------------------------------------------------------------------------------
 
 FORWARDED = (
-    "allreduce",
-    "allreduce_coalesced",
-    "allgather",
-    "allgather_coalesced",
-    "_allgather_base",
-    "all_gather_single",
-    "all_gather_single_coalesced",
-    "allgather_into_tensor_coalesced",
-    "reduce",
-    "reduce_scatter",
-    "_reduce_scatter_base",
-    "reduce_scatter_single",
-    "reduce_scatter_single_coalesced",
-    "reduce_scatter_tensor_coalesced",
-    "broadcast",
-    "gather",
-    "scatter",
-    "alltoall",
-    "alltoall_base",
-    "all_to_all_single",
+    *HEARD,
     "send",
     "recv",
     "recv_anysource",

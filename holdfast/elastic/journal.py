@@ -308,12 +308,11 @@ def _of_last_attempt(place: Path) -> list[Path]:
     return sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
 
 
-def pace(place: Path, *, tail_nbytes: int = 1 << 14) -> tuple[float, int]:
-    """Seconds of a step and the newest step of the attempt before, by one rank's last lines; zeros where there are none."""
+def pace(place: Path, *, tail_nbytes: int = 1 << 14) -> float:
+    """Seconds of a step in the attempt before, by one rank's last lines; 0 where there are none."""
     paths = _of_last_attempt(place)
     times = [value[1] for value in _ends(paths[0], tail_nbytes)[1] if isinstance(value, list)] if paths else []
-    step_s = median(later - sooner for sooner, later in pairwise(times)) if len(times) > 1 else 0.0
-    return step_s, max((word.step for word in words_of_last_attempt(place)), default=0)
+    return median(later - sooner for sooner, later in pairwise(times)) if len(times) > 1 else 0.0
 
 
 def taken_s(place: Path, *, tail_nbytes: int = 1 << 12) -> float:

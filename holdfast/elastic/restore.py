@@ -214,9 +214,10 @@ def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
         return Prices(), FailureRate()
     try:
         incidents = read_incidents(records)
-        step_s, reached = pace(records)
-        prices = measured_prices(incidents, step_s=step_s, reached_step=reached)
-        failures = len(incidents) + is_incident(words_of_last_attempt(records))  # its record is written when it is over
+        words = words_of_last_attempt(records)
+        reached = max((word.step for word in words), default=0)
+        prices = measured_prices(incidents, step_s=pace(records), reached_step=reached)
+        failures = len(incidents) + is_incident(words)  # its record is written when it is over
         return prices, FailureRate.learned(failures, taken_s(records) / 3600)
     except (HoldfastError, OSError) as error:
         logger.warning("what earlier failures cost cannot be read (%s); assumed prices and rates are used", error)

@@ -32,6 +32,9 @@ STRIKES = 3
 """A rank that dies this often without completing a new step is left to torchrun: the fault is in what it does."""
 
 
+NOT_ENTERED = "it had not entered protect() yet"
+
+
 # -- deciding --------------------------------------------------------------------------------------------------------------
 
 
@@ -105,12 +108,10 @@ class Launcher:
         self._steps = memoryview(mmap.mmap(self._pulse, mmap.PAGESIZE)).cast("Q")
         self._trainer: Child | None = None
         self._spare: Child | None = None
-        self._called = False
         self._record = Record()
         # Until it has entered protect(), a spare would not know what it heard from others; and nothing is lost by a restart.
-        self._obstacle = "it had not entered protect() yet"
+        self._obstacle = NOT_ENTERED
         self._stopping = False
-        self._has_entered = False
         self._code: int | None = None
 
     def run(self) -> int:
@@ -162,8 +163,8 @@ class Launcher:
 
     def _entered(self) -> None:
         """The trainer has entered protect(), and everything is there that another one needs to take its place."""
-        if not self._has_entered:
-            self._has_entered, self._obstacle = True, ""
+        if self._obstacle == NOT_ENTERED:
+            self._obstacle = ""
         if self._spare is None and self._spares != "none" and not self._obstacle:
             self._spare = self._start(self._spares)
 

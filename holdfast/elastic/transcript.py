@@ -28,29 +28,27 @@ KEPT_IN_ALL = 16 << 20
 CALLS_LIMIT = 100_000
 """A script that asks more often than this before protect() is not followed any further."""
 
-HEARD = frozenset(
-    {
-        "allreduce",
-        "allreduce_coalesced",
-        "allgather",
-        "allgather_coalesced",
-        "_allgather_base",
-        "all_gather_single",
-        "all_gather_single_coalesced",
-        "allgather_into_tensor_coalesced",
-        "reduce",
-        "reduce_scatter",
-        "_reduce_scatter_base",
-        "reduce_scatter_single",
-        "reduce_scatter_single_coalesced",
-        "reduce_scatter_tensor_coalesced",
-        "broadcast",
-        "gather",
-        "scatter",
-        "alltoall",
-        "alltoall_base",
-        "all_to_all_single",
-    }
+HEARD = (
+    "allreduce",
+    "allreduce_coalesced",
+    "allgather",
+    "allgather_coalesced",
+    "_allgather_base",
+    "all_gather_single",
+    "all_gather_single_coalesced",
+    "allgather_into_tensor_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_single",
+    "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced",
+    "broadcast",
+    "gather",
+    "scatter",
+    "alltoall",
+    "alltoall_base",
+    "all_to_all_single",
 )
 """The collectives that fill tensors, which are the first argument of each."""
 

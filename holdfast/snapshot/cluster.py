@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from holdfast import errors
 from holdfast.environment import Environment, home, runtime_dir
-from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable
+from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
 from holdfast.snapshot.client import connect
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
@@ -126,8 +125,7 @@ def _last_words(log: Path) -> tuple[type[HoldfastError] | None, str]:
     """The error with which a keeper refused to start, as the last line of its log tells it."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     name, _, message = (lines[-1] if lines else "").partition(" ERROR root: ")[2].partition(": ")
-    found = getattr(errors, name, None)
-    return (found, message) if isinstance(found, type) and issubclass(found, HoldfastError) else (None, "")
+    return error_named(name), message
 
 
 def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:

@@ -19,8 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast import errors
-from holdfast.errors import ClusterError, HoldfastError, KeeperUnreachable
+from holdfast.errors import ClusterError, HoldfastError, KeeperUnreachable, error_named
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +152,7 @@ class Connection:
             raise self._gone("receive", error) from error
         if "error" in header:
             self.close()
-            raise _error_class(header["error"])(header["message"])
+            raise (error_named(header["error"]) or ClusterError)(header["message"])
         return header, body
 
     def _gone(self, verb: str, error: Exception) -> KeeperUnreachable:
@@ -170,7 +169,7 @@ class Connection:
             except (OSError, EOFError, ClusterError) as error:
                 raise self._gone(verb, error) from error
         if "error" in header:
-            raise _error_class(header["error"])(header["message"])
+            raise (error_named(header["error"]) or ClusterError)(header["message"])
         return (header, body) if len(body) else header
 
     def wait_for_end(self, stop: threading.Event) -> None:
@@ -195,11 +194,6 @@ def _let_the_kernel_wait(sock: socket.socket, timeout_s: float) -> None:
     limit = struct.pack("@ll", int(timeout_s), int(timeout_s % 1 * 1e6))
     for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         sock.setsockopt(socket.SOL_SOCKET, direction, limit)
-
-
-def _error_class(name: str) -> type[HoldfastError]:
-    found = getattr(errors, name, ClusterError)
-    return found if isinstance(found, type) and issubclass(found, HoldfastError) else ClusterError
 
 
 def _text(address: str | tuple[str, int]) -> str:

@@ -191,7 +191,7 @@ def test_every_collective_that_fills_tensors_is_heard():
     }
     from holdfast.elastic.communicator import FORWARDED
 
-    assert set(FORWARDED) - others == notes.HEARD
+    assert set(FORWARDED) - others == set(notes.HEARD)
 
 
 def test_a_real_group_is_listened_to(tmp_path):
