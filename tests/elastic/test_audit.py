@@ -13,6 +13,7 @@ import torch
 
 from holdfast.elastic.audit import audit, uses_of
 from holdfast.elastic.batching import StepPlan
+from holdfast.elastic.faults.job import state_of
 from holdfast.elastic.journal import (
     Begin,
     Data,
@@ -229,4 +230,4 @@ def trained_alone() -> dict[str, torch.Tensor]:
         (model(inputs[ids]) - targets[ids]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return model.state_dict()
+    return state_of(model, optimizer)
