@@ -92,7 +92,7 @@ class Keeper:
         self.trainers = Trainers(job, memory, self.slots, known)
         self.checkpointed = 0
         self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
-        self.preempt, self.repair = Preempt(self), Repair(self)
+        self.preempt, self.rescue, self.repair = Preempt(self), Rescue(self), Repair(self)
         self.watch, self.poison, self.diagnosis = Watch(self), PoisonGuard(self), Diagnosis(self)
         stories = (self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison, self.diagnosis)
         parts = (self, *stories)
@@ -104,7 +104,6 @@ class Keeper:
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
         write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
-        Rescue(self)
         self.watch.start(watch_every_s)
         self._go_on()
 
@@ -194,6 +193,7 @@ class Keeper:
             self.rounds.reset()
             self.lead.reset(fresh)
             self.preempt.reset()
+            self.rescue.reset()
             self.diagnosis.reset()
             self.checkpointed = fresh.spilled
             if not fresh.in_memory:

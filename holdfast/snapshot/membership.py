@@ -76,13 +76,13 @@ class Membership:
         self._hang_up()
         self._outboxes = {member.node: Outbox(member, self.node, self.epoch, self._deliver) for member in view.members}
 
-    def post(self, node: int, verb: str, **fields: Any) -> None:
+    def post(self, node: int, verb: str, /, **fields: Any) -> None:
         """One message, in order with the others to that node; lost when the node is not there, or in another epoch."""
         outbox = self._outboxes.get(node)
         if outbox is not None:
             outbox.put({"verb": verb, **fields})
 
-    def broadcast(self, verb: str, **fields: Any) -> None:
+    def broadcast(self, verb: str, /, **fields: Any) -> None:
         for node in tuple(self._outboxes):
             self.post(node, verb, **fields)
 

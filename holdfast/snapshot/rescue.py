@@ -3,6 +3,9 @@
 Every keeper asks the others of its group, now and then, whether they are there. A keeper that dies alone is back within seconds and
 rescues nobody; one that stays away has lost its node. Then the lowest one left has the lost bytes rebuilt from parity among the
 survivors and writes the newest whole step, without any trainer, and without the coordinator if that is among the lost.
+
+Once somebody here has been told to end, nobody is waited for so long: a trainer waits in vain for a checkpoint that a lost node
+has a part in, and a keeper has no more time than its grace.
 """
 
 from __future__ import annotations
@@ -31,6 +34,10 @@ PING_S = 2.0
 PATIENCE_S = 15.0
 """How long a keeper may be away before its node counts as lost; one that is restarted is back in about a second."""
 
+URGENT_PING_S = 0.1
+URGENT_PATIENCE_S = 2.0
+"""The same two once a trainer or keeper of this node has been told to end."""
+
 ANSWER_S = 5.0
 AGAIN_S = 30.0
 """Between two attempts at a rescue that failed."""
@@ -44,11 +51,24 @@ class Rescue:
         self._connections: dict[int, Connection] = {}
         self._away: dict[int, float] = {}
         self._next = 0.0
+        self._urgent = threading.Event()
         threading.Thread(target=self._watch, name="holdfast-rescue", daemon=True).start()
+
+    def hurry(self) -> None:
+        """Somebody here has been told to end, and has to know soon which nodes are lost. Lasts as long as the epoch."""
+        self._urgent.set()
+
+    def reset(self) -> None:
+        """A new epoch."""
+        self._urgent.clear()
+
+    def _is_over(self) -> bool:
+        """True once the keeper is closing; waits until it is time for another look."""
+        return self._keeper.wait_closed(URGENT_PING_S) if self._urgent.wait(PING_S) else self._keeper.is_closed
 
     def _watch(self) -> None:
         epoch = 0
-        while not self._keeper.wait_closed(PING_S):
+        while not self._is_over():
             view = self._members.known()  # the last one where this keeper is adrift: who waits for a dead peer rescues as well
             if view is None or view.checkpoints is None or self._keeper.has_ended:
                 continue
@@ -70,10 +90,17 @@ class Rescue:
                 self._away.pop(node, None)
             else:
                 self._away.setdefault(node, now)
-        lost = {node for node, since in self._away.items() if now - since > PATIENCE_S}
+        preempt, short = self._keeper.preempt, URGENT_PATIENCE_S if self._urgent.is_set() else PATIENCE_S
+        for node in self._lost(now - short):
+            preempt.node_lost(node)
+        lost = self._lost(now - (short if preempt.is_ending else PATIENCE_S))
         if is_endangered(group, lost) and self._keeper.node == min(set(group.nodes) - lost) and now > self._next:
             self._next = now + AGAIN_S
             self._rescue(view, sorted(lost))
+
+    def _lost(self, before: float) -> set[int]:
+        """The nodes that have been away since before then."""
+        return {node for node, since in self._away.items() if since < before}
 
     def _rescue(self, view: View, lost: list[int]) -> None:
         """Write the newest step that the survivors can put together, unless it is a checkpoint already."""
@@ -104,6 +131,8 @@ class Rescue:
             emit("rescue.failed", job=view.job, lost=lost, error=str(error))
             return
         logger.warning("step %d is safe without node(s) %s: %s, %.1f MiB", plan.step, lost, path, nbytes / 2**20)
+        with self._keeper.lock:
+            self._members.broadcast("checkpointed", step=plan.step)
         emit("rescue.done", job=view.job, lost=lost, step=plan.step, path=str(path), nbytes=nbytes)
 
     def _answers(self, member: Member) -> bool:

@@ -37,9 +37,10 @@ def write_checkpoint(
         return there
     sender = {"epoch_of_sender": view.epoch} if fenced else {}
     with ExitStack() as stack:
-        connections = {member.node: _connect(member) for member in view.members}
-        for connection in connections.values():
-            stack.callback(connection.close)
+        connections = {}
+        for member in view.members:
+            connections[member.node] = _connect(member)
+            stack.callback(connections[member.node].close)
         table, objects = gather(view, step, index, **sender)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}

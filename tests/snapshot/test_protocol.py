@@ -316,6 +316,37 @@ def test_a_trainer_that_ends_because_another_died_waits_for_no_checkpoint(start:
     assert steps_of(place) == []
 
 
+def test_a_trainer_that_ends_because_a_node_is_lost_waits_for_no_checkpoint(start: Callable[..., Cluster], shm: Path) -> None:
+    cluster = start(3, parity=1, checkpoint_every=1000, checkpoints=str(shm / "ckpt"))
+    cluster.enter(1)
+    cluster.train(until_committed=3)
+    quiet(cluster)
+    cluster.keepers[2].close()  # with its memory, and whatever it had to say
+    link = cluster.ranks[0].link
+    assert link.ask("terminated", grace_s=600.0, **link._who) == {"saved": False}
+    other = cluster.ranks[1].link
+    wait_until(lambda: bool(cluster.keepers[1].preempt._died), "the word of the death")
+    assert other.ask("terminated", grace_s=600.0, **other._who) == {"saved": False}
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_keeper_that_is_told_to_end_after_a_node_was_lost_does_not_wait_for_that(
+    start: Callable[..., Cluster], shm: Path, monkeypatch: pytest.MonkeyPatch, told: int
+) -> None:
+    monkeypatch.setattr(rescue, "PATIENCE_S", 600.0)
+    place = shm / "ckpt"
+    cluster = start(3, parity=1, checkpoint_every=1000, checkpoints=str(place))
+    cluster.enter(1)
+    cluster.train(until_committed=3)
+    step = quiet(cluster)
+    cluster.keepers[2].close()
+    cluster.keepers[told].preempt.told_to_end()
+    cluster.keepers[told].wait()
+    assert steps_of(place) == [step]
+    assert ckpt.open_checkpoint(place, step).verify().is_whole
+    assert not cluster.places[told].exists(), "it is saved, and the memory is given back"
+
+
 @pytest.mark.parametrize(("nodes", "parity", "lost"), [(3, 1, (2,)), (3, 1, (0,)), (4, 2, (1, 3))])
 def test_what_another_loss_would_take_is_written_by_those_who_are_left(
     start: Callable[..., Cluster], shm: Path, monkeypatch: pytest.MonkeyPatch, nodes: int, parity: int, lost: tuple[int, ...]
