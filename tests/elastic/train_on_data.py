@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--layout", default="ddp", choices=("ddp", "fsdp"))
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--checkpoint-every", type=int, default=1000)
     parser.add_argument("--in-place", action="store_true", help="`with step:` around the body")
     parser.add_argument("--bare", action="store_true", help="train without protection")
     parser.add_argument("--pace", type=float, default=0.05, help="seconds of other work in every step")
@@ -59,6 +60,7 @@ def main() -> None:
         with holdfast.protect(
             {"model": model, "optim": optimizer, "data": loader},
             checkpoints=str(args.out / "run"),
+            checkpoint_every=args.checkpoint_every,
             redundancy=holdfast.Redundancy(nodes_per_host=args.nodes),
             name="d",
         ) as run:
