@@ -37,6 +37,14 @@ def only_one(memory: Path) -> int:
         time.sleep(0.05)
 
 
+def holds_lock(pid: int, memory: Path) -> bool:
+    """Whether that process, of this user, is the keeper that serves `memory`: its number may have gone to somebody else."""
+    try:
+        return any(os.readlink(entry) == str(memory / LOCK) for entry in Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What peers know a keeper by."""

@@ -24,7 +24,8 @@ from typing import IO, Any
 
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
-from holdfast.snapshot.client import connect
+from holdfast.snapshot.birth import holds_lock
+from holdfast.snapshot.client import Endpoint, connect
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
 
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
 RAY_RESTART_S = 30.0
+ANSWER_S = 5.0
+SILENCE_S = 20.0
+"""A keeper that lives and leaves the simplest question unanswered for so long hangs."""
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -58,6 +62,8 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
     places = {node: node_memory(memory, job, node) for node in nodes}
     with _host_lock():
         missing = [node for node, place in places.items() if not _answers(place)]
+        for node in missing:
+            _end_if_it_hangs(node, places[node])
         if missing:
             sweep(home(memory), but=job)
         started: dict[int, subprocess.Popen[bytes]] = {}
@@ -75,7 +81,8 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
 
 
 def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
-    """See that the keeper of `node`, which has died, answers again. Ray restarts its actors by itself and is given time to."""
+    """See that the keeper of `node`, which has died or hangs, answers again. Ray restarts its actors and is given time to."""
+    _end_if_it_hangs(node, node_memory(memory, job, node))
     deadline = time.monotonic() + RAY_RESTART_S
     while kind == "ray" and time.monotonic() < deadline:
         if _answers(node_memory(memory, job, node)):
@@ -91,7 +98,7 @@ def _check_memory(memory: Path) -> None:
 
 def _answers(place: Path) -> bool:
     try:
-        connection = connect(place, timeout_s=5)
+        connection = connect(place, timeout_s=ANSWER_S)
         try:
             connection.ask("ping")
         finally:
@@ -99,6 +106,29 @@ def _answers(place: Path) -> bool:
     except HoldfastError:
         return False
     return True
+
+
+def _end_if_it_hangs(node: int, place: Path) -> None:
+    """End the keeper of `place` if it lives and says nothing. Its slots outlive it, and its successor adopts them."""
+    try:
+        pid = Endpoint.read(place).pid
+    except KeeperUnreachable:
+        return
+    try:
+        connection = connect(place, timeout_s=SILENCE_S)
+        try:
+            connection.ask("adrift")  # answered in every state, and without the keeper's lock, which it may hold for long
+        finally:
+            connection.close()
+    except KeeperUnreachable:
+        if holds_lock(pid, place):
+            logger.error(
+                "the keeper of node %d (pid %d) has said nothing for %.0f s and is ended; another one takes over its memory",
+                node,
+                pid,
+                SILENCE_S,
+            )
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
@@ -354,7 +384,7 @@ def _losses_left(node: NodeStatus, here: list[NodeStatus]) -> int:
 def _node_status(place: Path) -> NodeStatus:
     node = int(place.name.removeprefix("node-"))
     try:
-        connection = connect(place, timeout_s=5)
+        connection = connect(place, timeout_s=ANSWER_S)
         try:
             found = connection.ask("status")
         finally:
@@ -442,7 +472,7 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
 def _shut_down(place: Path) -> None:
     """Ask a keeper to end and give its memory back; a signal alone would have it save its snapshots first."""
     with suppress(HoldfastError):
-        connection = connect(place, timeout_s=5)
+        connection = connect(place, timeout_s=ANSWER_S)
         try:
             connection.ask("shutdown")
         finally:

@@ -1,7 +1,7 @@
-"""A trainer's eye on its keeper: where that dies, the trainer has it started again and trains on.
+"""A trainer's eye on its keeper: where that dies or hangs, the trainer has it started again and trains on.
 
 Ray restarts its actors by itself; a keeper in a plain process has nobody but the trainers of its node. The thread hears of the end
-at once, because the socket that it holds is closed with the process.
+at once, because the socket that it holds is closed with the process. A keeper that lives and says nothing is asked now and then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = (0.1, 5.0)
 """Between two attempts to bring a keeper back, from the first to the longest; they double."""
+
+ASKED_EVERY_S = 10.0
+PATIENCE_S = 30.0
+"""How long a keeper may leave the question unanswered whether it is there."""
 
 
 class Lifeline:
@@ -40,9 +44,10 @@ class Lifeline:
         pause_s = PAUSE_S[0]
         while not self._closed.is_set():
             try:
-                watched = connect(self._memory)
+                watched = connect(self._memory, timeout_s=PATIENCE_S)
                 try:
-                    watched.wait_for_end(self._closed)
+                    while not watched.has_ended(self._closed, ASKED_EVERY_S):
+                        self._ask()
                 finally:
                     watched.close()
                 pause_s = PAUSE_S[0]
@@ -62,8 +67,18 @@ class Lifeline:
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S[1])
 
+    def _ask(self) -> None:
+        """Raises KeeperUnreachable when the keeper does not answer."""
+        connection = connect(self._memory, timeout_s=PATIENCE_S)
+        try:
+            connection.ask("adrift")  # answered in every state, and without the keeper's lock, which it may hold for long
+        finally:
+            connection.close()
+
     def _bring_back(self) -> None:
-        logger.warning("rank %d: its keeper has died; it is started again, and snapshots are skipped meanwhile", self._rank)
+        logger.warning(
+            "rank %d: its keeper has died or hangs; it is started again, and snapshots are skipped meanwhile", self._rank
+        )
         started = time.monotonic()
         try:
             self._revive()

@@ -172,17 +172,23 @@ class Connection:
             raise (error_named(header["error"]) or ClusterError)(header["message"])
         return (header, body) if len(body) else header
 
-    def wait_for_end(self, stop: threading.Event) -> None:
-        """Block until the other side hangs up, or `stop` is set. Ask nothing over a connection that is watched."""
-        self._sock.settimeout(0.5)
+    def has_ended(self, stop: threading.Event, seconds: float) -> bool:
+        """Block until the other side hangs up, `stop` is set, or so many seconds have passed; True unless it was the last.
+
+        Ask nothing over a connection that is watched.
+        """
+        self._sock.settimeout(min(0.5, seconds))
+        deadline = time.monotonic() + seconds
         while not stop.is_set():
             try:
                 if not self._sock.recv(1):
-                    return
+                    return True
             except TimeoutError:
-                continue
+                if time.monotonic() > deadline:
+                    return False
             except OSError:
-                return
+                return True
+        return True
 
     def close(self) -> None:
         self._sock.close()
