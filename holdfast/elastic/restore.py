@@ -278,14 +278,13 @@ def _from_memory(
 
 def _tables(team: Team, plan: RestorePlan, sources: Mapping[int, Path]) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
     """The fragment tables and objects of all ranks at the plan's step, told by the keepers that hold them."""
-    holders = set(plan.holders.values())
     mine: list[FragmentTable] = []
 
     def ask() -> dict[str, Any]:
         objects: dict[str, Any] = {}
         for node, memory in sources.items():
-            if node in holders:
-                header, table = ask_once(memory, "tables", step=plan.step, index=plan.index)
+            if ranks := plan.ranks_on(node):
+                header, table = ask_once(memory, "tables", step=plan.step, index=plan.index, ranks=ranks)
                 mine.append(FragmentTable.from_bytes(bytes(table)))
                 objects |= header["objects"]
         return objects

@@ -21,7 +21,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -255,20 +255,33 @@ class Keeper:
             epoch = max(self.members.epoch, self.members.promised)
         return {"node": self.node, "epoch": epoch, "slots": slots, "groups": groups, "member": self.member.to_json()}
 
-    def verb_tables(self, step: int, index: int) -> Reply:
-        """Fragment tables (with CRCs) and objects of this node's committed ranks, for a checkpoint or a restore."""
-        metas = {slot.header.rank: slot.meta() for slot in self.slots.of_step(step, index) if slot.header.rank >= 0}
+    def verb_tables(self, step: int, index: int, ranks: list[int] | None = None) -> Reply:
+        """Fragment tables (with CRCs) and objects of these ranks, or of all that this node holds, for a checkpoint or a restore."""
+        held = [slot for slot in self.slots.of_step(step, index) if slot.header.rank >= 0]
+        metas = {slot.header.rank: slot.meta() for slot in held if ranks is None or slot.header.rank in ranks}
         table = FragmentTable.concat(meta.table for meta in metas.values())
         return {"objects": {str(rank): meta.objects for rank, meta in metas.items()}}, table.to_bytes()
 
     def verb_spill(
-        self, directory: str, step: int, index: int, layout: Header, payload: memoryview, epoch_of_sender: int = -1
+        self,
+        directory: str,
+        step: int,
+        index: int,
+        layout: Header,
+        holders: Mapping[str, int],
+        payload: memoryview,
+        epoch_of_sender: int = -1,
     ) -> Header:
         """Write this node's part of a checkpoint into `directory`; `payload` is the table of all distinct fragments.
 
-        Every byte is summed as it is written, so a slot that were refilled meanwhile would be refused, not stored.
+        `holders` says which node writes a rank's fragments. Every byte is summed as it is written, so a slot that were refilled
+        meanwhile would be refused, not stored.
         """
-        slots = {slot.header.rank: slot for slot in self.slots.of_step(step, index) if slot.header.rank >= 0}
+        slots = {
+            slot.header.rank: slot
+            for slot in self.slots.of_step(step, index)
+            if holders.get(str(slot.header.rank)) == self.node
+        }
 
         def read(row: Fragment) -> memoryview:
             return slots[row.rank].body[row.slot_offset : row.slot_offset + row.nbytes]

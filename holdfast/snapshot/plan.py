@@ -55,7 +55,10 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:
-    """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done."""
+    """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done.
+
+    Another node may hold a rank's slot as well, and nobody reads it.
+    """
 
     epoch: int
     step: int
@@ -64,6 +67,10 @@ class RestorePlan:
     holders: Mapping[int, int]
     rebuilds: tuple[Rebuild, ...]
     protected: bool
+
+    def ranks_on(self, node: int) -> list[int]:
+        """The ranks whose slots are read from `node`."""
+        return [rank for rank, holder in self.holders.items() if holder == node]
 
 
 Distrusted = frozenset[tuple[int, int]]
@@ -96,18 +103,21 @@ def _plan_for(
     step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
 ) -> RestorePlan | None:
     trusted = [survey for survey in surveys if (survey.member.node, step) not in distrusted]
-    slots = {
-        slot.rank: (survey.member.node, slot)
-        for survey in trusted
-        for slot in survey.slots
-        if (slot.step, slot.epoch) == (step, epoch) and slot.state >= SlotState.VERIFIED
-    }
     groups = {
         tuple(record.node for record in group.records): group
         for survey in trusted
         for group in survey.groups
         if (group.step, group.epoch) == (step, epoch)
     }
+    home = {rank.rank: record.node for group in groups.values() for record in group.records for rank in record.ranks}
+    slots: dict[int, tuple[int, SlotFound]] = {}
+    for survey in trusted:
+        for slot in survey.slots:
+            if (slot.step, slot.epoch) == (step, epoch) and slot.state >= SlotState.VERIFIED:
+                # A node that was away while its bytes were rebuilt elsewhere has them all the same.
+                known = slots.setdefault(slot.rank, (survey.member.node, slot))
+                if known[0] != home.get(slot.rank):
+                    slots[slot.rank] = survey.member.node, slot
     if not slots and not groups:
         reasons.append(f"step {step}: the memory of every node that holds it is damaged")
         return None

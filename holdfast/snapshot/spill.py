@@ -41,7 +41,7 @@ def write_checkpoint(
         for member in view.members:
             connections[member.node] = _connect(member)
             stack.callback(connections[member.node].close)
-        table, objects = gather(view, step, index, **sender)
+        table, objects, holders = gather(view, step, index, **sender)
         check_table(table)
         layout = {"world": view.world, "nodes": len(view.members)}
         plan = _plan(table, step, layout, view.checkpoints)
@@ -49,6 +49,7 @@ def write_checkpoint(
         crash_point("spill.begun")
         try:
             where: dict[str, Any] = {"directory": str(directory), "step": step, "index": index, "layout": layout}
+            where["holders"] = {str(rank): node for rank, node in holders.items()}
             _everywhere(connections, "spill", table.to_bytes(), **where, **sender)
             crash_point("spill.written")
             if not is_current():
@@ -69,19 +70,26 @@ def _already_written(checkpoints: str, step: int) -> tuple[Place, int] | None:
     return (found[0].path, found[0].nbytes) if found else None
 
 
-def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
-    """All distinct fragments of a committed step, and every rank's objects, told by the keepers."""
-    tables: list[FragmentTable] = []
+def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTable, dict[int, dict[str, str]], dict[int, int]]:
+    """All distinct fragments of a committed step, every rank's objects, and the node that has them, told by the keepers.
+
+    A rank that was rebuilt elsewhere while its node was away is there twice: then its own node has it.
+    """
+    tables: dict[int, FragmentTable] = {}
     objects: dict[int, dict[str, str]] = {}
+    holders: dict[int, int] = {}
     for member in view.members:
         connection = _connect(member)
         try:
             header, data = connection.ask("tables", step=step, index=index, **sender)
         finally:
             connection.close()
-        tables.append(FragmentTable.from_bytes(data))
-        objects |= {int(rank): named for rank, named in header["objects"].items()}
-    return distinct_fragments(FragmentTable.concat(tables)), objects
+        tables[member.node] = FragmentTable.from_bytes(data)
+        for rank, named in ((int(text), named) for text, named in header["objects"].items()):
+            if rank not in holders or rank in member.ranks:
+                holders[rank], objects[rank] = member.node, named
+    rows = [row for node, table in tables.items() for row in table if holders[row.rank] == node]
+    return distinct_fragments(FragmentTable.from_rows(rows)), objects, holders
 
 
 def _plan(table: FragmentTable, step: int, layout: dict[str, Any], where: str | Place) -> ckpt.WritePlan:

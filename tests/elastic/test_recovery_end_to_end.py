@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -131,6 +132,20 @@ def test_a_flipped_bit_in_a_slot_is_found_and_repaired_from_parity(job, referenc
     again.assert_equals(references.of("fsdp", 3))
     assert {facts["recovery"]["rung"] for facts in again.facts} == {"parity"}
     assert any("crc32c" in note for note in again.facts[0]["recovery"]["notes"])
+
+
+def test_a_rank_whose_bytes_were_rebuilt_elsewhere_while_its_node_was_away_is_restored_once(job, references):
+    failed = job.run(
+        "--nodes", "3", *deaths({"step": 6, "kind": "exception", "ranks": [0], "committed": 5}), ranks=3, restarts=0, ok=False
+    )
+    assert failed.code != 0
+    job.kill_keepers(job.memory)
+    own = home(job.memory) / "t"
+    for slot in own.glob("node-2/slot-2-*"):  # what a rebuild on node 0 leaves there, and node 2 is back with its memory
+        shutil.copy(slot, own / "node-0")
+    again = job.run("--nodes", "3", ranks=3, out=failed.out)
+    again.assert_equals(references.of("fsdp", 3))
+    assert {facts["recovery"]["rung"] for facts in again.facts} == {"own keeper"}
 
 
 def _wait_until(true, what: str) -> None:

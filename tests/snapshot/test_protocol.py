@@ -18,7 +18,7 @@ import zarr
 from holdfast import ckpt, events
 from holdfast.errors import StaleEpoch
 from holdfast.snapshot import coordinator as coordinator_module
-from holdfast.snapshot import rescue
+from holdfast.snapshot import rescue, spill
 from holdfast.snapshot.client import Endpoint
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.keeper import Keeper
@@ -366,6 +366,31 @@ def test_what_another_loss_would_take_is_written_by_those_who_are_left(
     for rank in cluster.ranks.values():
         stored_array = zarr.open_array(found.path / f"model/w{rank.rank}", mode="r")[:]
         assert stored_array.tobytes() == rank.bytes_at(step)
+
+
+@pytest.mark.parametrize("lost", [0, 2])
+def test_a_node_that_comes_back_after_its_bytes_were_rebuilt_elsewhere_is_written_once(
+    start: Callable[..., Cluster], shm: Path, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    monkeypatch.setattr(rescue, "PING_S", 0.05)
+    monkeypatch.setattr(rescue, "PATIENCE_S", 0.3)
+    place, again = shm / "ckpt", shm / "again"
+    cluster = start(3, parity=1, checkpoint_every=1000, checkpoints=str(place))
+    cluster.enter(1)
+    cluster.train(until_committed=3)
+    step = quiet(cluster)
+    index = next(slot.index for survey in cluster.surveys() for slot in survey.slots if slot.step == step)
+    cluster.keepers[lost].close(free=False)
+    wait_until(lambda: steps_of(place) == [step], "the checkpoint of the survivors")
+    cluster.keepers[lost] = Keeper("job", lost, cluster.places[lost])
+    wait_until(lambda: all(keeper.members.epoch > 1 for keeper in cluster.keepers.values()), "a new epoch on every node")
+    found = [slot.rank for survey in cluster.surveys() for slot in survey.slots if slot.step == step]
+    assert sorted(found) == sorted([0, 1, 2, lost]), "the rank is there twice"
+    view = replace(cluster.keepers[0].members.current(), checkpoints=str(again))
+    _, nbytes = spill.write_checkpoint(view, step, index)
+    assert nbytes == sum(len(rank.bytes_at(step)) for rank in cluster.ranks.values())
+    assert ckpt.open_checkpoint(again, step).verify().is_whole
+    assert cluster.train(until_committed=step + 2) >= step + 2
 
 
 @pytest.mark.parametrize(("parity", "lost"), [(1, 0), (1, 1), (2, 1), (2, 2)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +141,19 @@ def test_ranks_that_were_rebuilt_elsewhere_are_found_there() -> None:
     plan, reasons = plan_restore(surveys)
     assert plan is None, "node 2 lost its bytes, and node 1's place in the layout is empty"
     assert "step 5" in reasons[0]
+
+
+@pytest.mark.parametrize(("away", "host"), [(0, 2), (2, 0)])
+def test_a_rank_that_is_there_twice_is_read_at_home(away: int, host: int) -> None:
+    """A node's bytes were rebuilt elsewhere while it was away; it is back, with its memory."""
+    surveys = cluster(3, 1, {5: C})
+    slots = [*surveys[host].slots, slot(away, 5, world=3)]
+    surveys[host] = replace(surveys[host], slots=tuple(slots))
+    plan, _ = plan_restore(surveys)
+    assert plan is not None
+    assert plan.holders == {0: 0, 1: 1, 2: 2}
+    assert plan.ranks_on(host) == [host]
+    assert plan.rebuilds == ()
 
 
 def test_a_step_whose_parity_is_partly_lost_gets_it_anew() -> None:
