@@ -36,7 +36,7 @@ def test_random_kills_leave_no_trace(job):
     marks = job.place / "marks"
     marks.mkdir()
     faults = json.dumps(at_points(chance, marks))
-    options = {"ranks": RANKS, "restarts": 1000, "spares": "import", "script": SCRIPT, "HOLDFAST_FAULTS": faults}
+    options = {"ranks": RANKS, "restarts": KILLS, "spares": "import", "script": SCRIPT, "HOLDFAST_FAULTS": faults}
     out = job.start("--nodes", str(RANKS), "--in-place", "--checkpoint-every", "10", *arguments(pace=0.08), **options)
     process = job.processes[-1]
     kills = 0
