@@ -19,6 +19,7 @@ from holdfast import ckpt
 from holdfast.elastic.audit import audit
 from holdfast.elastic.faults.schedule import POINTS
 from holdfast.elastic.journal import find_records, read_journals
+from holdfast.snapshot.cluster import status
 
 SCRIPT = Path(__file__).with_name("train_on_data.py")
 KILLS = int(os.environ.get("HOLDFAST_CAMPAIGN_KILLS", "200"))
@@ -41,7 +42,9 @@ def test_random_kills_leave_no_trace(job):
     process = job.processes[-1]
     kills = 0
     while process.poll() is None and kills < KILLS:
-        time.sleep(chance.uniform(0.2, 4.0))
+        time.sleep(chance.uniform(0.0, 3.0))
+        if chance.random() < 0.7:  # else in the middle of a recovery, if there is one
+            wait_for_progress(job.memory)
         kills += kill_one(job.memory, chance, takes_memory=(out / "run").is_dir() and bool(ckpt.list_steps(str(out / "run"))))
     assert process.wait(3000) == 0, (out / "log").read_text()[-5000:]
     struck = len(list(marks.iterdir()))
@@ -72,6 +75,17 @@ def at_points(chance: random.Random, marks: Path) -> list[dict[str, object]]:
         nth = chance.randrange(1, 60) if often else 1
         found.append({"do": "kill", "at": at, "role": role, "place": place, "nth": nth, "once": str(marks / str(number))})
     return found
+
+
+def wait_for_progress(memory: Path) -> None:
+    """Wait until a step is committed that was not when this was called, or until that takes too long."""
+    before, deadline = committed(memory), time.monotonic() + 30
+    while committed(memory) == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def committed(memory: Path) -> int:
+    return max((run.committed_step for run in status(memory=memory)), default=0)
 
 
 def kill_one(memory: Path, chance: random.Random, *, takes_memory: bool) -> int:
