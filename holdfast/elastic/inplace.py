@@ -64,7 +64,7 @@ class InPlace:
         heard = self._communicator.end_prologue()
         if heard is not None:
             self.line.keep(heard)
-        self.line.await_call()
+        self._communicator.await_epoch(self.line.await_call())
         self._carry_through(attempt, connected=not self._communicator.alone)
 
     def is_due(self, error: BaseException | None) -> bool:
@@ -101,7 +101,7 @@ class InPlace:
                 connected = False
             else:
                 crash_point("trainer.entered")
-                self.line.tell("running")
+                self.line.entered()
                 return
 
 
