@@ -26,6 +26,7 @@ from holdfast.elastic.places import Place, Seat, places_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.pulse import Heart
+from holdfast.elastic.rehearsal import rehearse
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.sensors import announce
 from holdfast.elastic.team import Team
@@ -117,7 +118,7 @@ class Run:
         if self._in_place is None:
             self._enter()
         else:
-            self._in_place.enter(self._enter)
+            self._in_place.enter(self._enter, lambda: rehearse(self._tracked.optimizers.values()))
         return self
 
     def recover_in_place(self, error: BaseException | None) -> bool:
