@@ -21,7 +21,7 @@ class Post:
     """This process's side of its launcher: messages both ways, and the page with its pulse."""
 
     def __init__(self, berth: Berth) -> None:
-        self.role = berth.role
+        self.role, self.cradle = berth.role, berth.cradle
         self._channel = socket.socket(fileno=berth.channel)
         self._page = mmap.mmap(berth.pulse, mmap.PAGESIZE)
         self._pulse = memoryview(self._page).cast("Q")

@@ -22,9 +22,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.board import Address, Board, board_address, board_token, reach
+from holdfast.elastic.board import Address, Board, board_address, board_token, cradle_name, reach
 from holdfast.elastic.post import RESTART
-from holdfast.environment import BERTH, Berth
+from holdfast.environment import BERTH, Berth, Environment
 from holdfast.errors import ConfigError, HoldfastError
 
 logger = logging.getLogger("holdfast.elastic.run")
@@ -144,11 +144,12 @@ class Launcher:
 
     def _start(self, role: str) -> Child:
         ours, theirs = socket.socketpair()
-        berth = Berth(role, self._board, self._token, theirs.fileno(), self._pulse, self._transcript, os.getpid())
+        lines = (theirs.fileno(), self._pulse, self._transcript)
+        berth = Berth(role, self._board, self._token, *lines, os.getpid(), cradle_name(os.environ))
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "holdfast.elastic.trainer", *self._arguments],
             env={**os.environ, BERTH: berth.to_text()},
-            pass_fds=(theirs.fileno(), self._pulse, self._transcript),
+            pass_fds=lines,
         )
         theirs.close()
         child = Child(process, os.pidfd_open(process.pid), ours)
@@ -261,6 +262,7 @@ def main(arguments: list[str]) -> int:
         spares = "import" if Path("/proc/driver/nvidia").exists() else "ready"
     try:
         address, token = board_address(os.environ), board_token(os.environ)
+        cradle = _start_cradle()
         board = Board(address, token) if os.environ["RANK"] == "0" else None
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
@@ -268,8 +270,18 @@ def main(arguments: list[str]) -> int:
     try:
         return Launcher(options.script, spares, address, token).run()
     finally:
+        if cradle is not None:
+            cradle.kill()
+            cradle.wait()
         if board is not None:
             board.close()
+
+
+def _start_cradle() -> subprocess.Popen[bytes] | None:
+    """One for each host, where keepers are plain processes; Ray starts its own."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" or Environment.read().keepers != "process":
+        return None
+    return subprocess.Popen([sys.executable, "-m", "holdfast.snapshot.cradle", cradle_name(os.environ), str(os.getpid())])
 
 
 if __name__ == "__main__":

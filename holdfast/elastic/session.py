@@ -157,6 +157,8 @@ class Run:
         clock.lap("agree")
         nodes = {node: node_memory(memory, self.name, node) for node in (*place.nodes_here, *place.guests)}
         starting: dict[str, Any] = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
+        if self._in_place is not None:
+            starting["cradle"] = self._in_place.line.cradle
 
         def ask() -> list[Any]:
             return [ask_once(at, "survey") for at in nodes.values()] if place.leads_host else []

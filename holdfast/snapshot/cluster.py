@@ -24,6 +24,7 @@ from typing import IO, Any
 
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
+from holdfast.snapshot.birth import Born, ask_cradle
 from holdfast.snapshot.client import connect
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 STARTUP_TIMEOUT_S = 120.0
 RAY_RESTART_S = 30.0
+Starting = subprocess.Popen[bytes] | Born
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -47,10 +49,13 @@ def known_nodes(memory: Path, job: str) -> list[int]:
     return sorted(int(place.name.removeprefix("node-")) for place in (home(memory) / job).glob("node-*"))
 
 
-def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+def ensure_keepers(
+    job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str, cradle: str = ""
+) -> None:
     """See that every one of `nodes` on this host has a keeper that answers; starts what is missing and waits for it.
 
-    `kind` is "ray" or "process". Raises RayUnreachable, KeeperUnreachable or ConfigError.
+    `kind` is "ray" or "process"; `cradle` is where processes are asked for first. Raises RayUnreachable, KeeperUnreachable or
+    ConfigError.
     """
     if kind not in ("ray", "process"):
         raise ConfigError(f"keepers can be 'ray' actors or a plain 'process'; {kind!r} is neither")
@@ -60,11 +65,11 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
         missing = [node for node, place in places.items() if not _answers(place)]
         if missing:
             sweep(home(memory), but=job)
-        started: dict[int, subprocess.Popen[bytes]] = {}
+        started: dict[int, Starting] = {}
         if missing and kind == "ray":
             _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
         elif missing:
-            started = {node: _start_process(job, node, places[node], bind) for node in missing}
+            started = {node: _start_process(job, node, places[node], bind, cradle) for node in missing}
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         try:
             for node in missing:
@@ -74,14 +79,16 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
                 _let_go(process)
 
 
-def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+def revive_keeper(
+    job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str, cradle: str = ""
+) -> None:
     """See that the keeper of `node`, which has died, answers again. Ray restarts its actors by itself and is given time to."""
     deadline = time.monotonic() + RAY_RESTART_S
     while kind == "ray" and time.monotonic() < deadline:
         if _answers(node_memory(memory, job, node)):
             return
         time.sleep(0.2)
-    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind)
+    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind, cradle=cradle)
 
 
 def _check_memory(memory: Path) -> None:
@@ -101,7 +108,7 @@ def _answers(place: Path) -> bool:
     return True
 
 
-def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
+def _wait_for(node: int, place: Path, deadline: float, process: Starting | None) -> None:
     while not _answers(place):
         if process is not None and process.poll() is not None:
             error, message = _last_words(_log_of(place.parent.name, node))
@@ -114,7 +121,7 @@ def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen
             raise KeeperUnreachable(
                 f"the keeper of node {node} was started and does not answer in {place}; its log is in {runtime_dir()} or in Ray's"
             )
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def _log_of(job: str, node: int) -> Path:
@@ -128,9 +135,13 @@ def _last_words(log: Path) -> tuple[type[HoldfastError] | None, str]:
     return error_named(name), message
 
 
-def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:
+def _start_process(job: str, node: int, place: Path, bind: str, address: str) -> Starting:
+    arguments = [job, str(node), str(place), bind]
+    born = ask_cradle(address, arguments, _log_of(job, node), _environment()) if address else None
+    if born is not None:
+        return born
     with _log_of(job, node).open("ab") as output:
-        command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
+        command = [sys.executable, "-m", "holdfast.snapshot.host", *arguments]
         return _start_daemon(command, output, _environment())
 
 
@@ -140,7 +151,7 @@ def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]
     return subprocess.Popen(command, start_new_session=True, env=environ, **streams)
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> None:
+def _let_go(process: Starting) -> None:
     """It is meant to go on without us; Python would warn of a forgotten child when this object goes."""
     process.returncode = 0
 
