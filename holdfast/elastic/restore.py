@@ -12,14 +12,12 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from holdfast import ckpt
 from holdfast.arrays import FragmentTable
-from holdfast.ckpt.storage import Place, place
 from holdfast.elastic.incidents import is_incident, read_incidents
 from holdfast.elastic.interval import FailureRate
 from holdfast.elastic.journal import pace, taken_s, words_of_last_attempt
@@ -30,6 +28,9 @@ from holdfast.snapshot.client import connect
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore, was_ever_safe
 from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
+
+if TYPE_CHECKING:
+    from holdfast.ckpt.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -199,18 +200,27 @@ class Known:
 
 def look(checkpoints: str | None, records: Path | None) -> Known:
     """What rank 0 finds in storage; `records` is where earlier recoveries of this run wrote down what they cost."""
+    stored, problems = ([], []) if checkpoints is None else _stored(checkpoints)
+    return Known(tuple(stored), tuple(problems), *_learned(records))
+
+
+def _stored(checkpoints: str) -> tuple[list[int], list[str]]:
+    """The newest sound checkpoints, and what is wrong with newer ones."""
+    # Here, and not for every rank that starts again: importing it is a quarter of what importing this package takes.
+    from holdfast import ckpt
+
     stored: list[int] = []
     problems: list[str] = []
-    where = None if checkpoints is None else _directory(checkpoints)
+    where = _directory(checkpoints)
     # A store has no prefix before the first save.
-    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
+    for info in reversed(ckpt.list_steps(where)) if where.is_dir() else ():
         if ckpt.is_sound(info):
             stored.append(info.step)
         elif not stored:
             problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
         if len(stored) == CHECKPOINTS_TRIED:
             break
-    return Known(tuple(stored), tuple(problems), *_learned(records))
+    return stored, problems
 
 
 def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
@@ -231,6 +241,8 @@ def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
 
 def _directory(checkpoints: str) -> Place:
     """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
+    from holdfast.ckpt.storage import place
+
     where = place(checkpoints)
     if isinstance(where, Path):
         try:
@@ -368,6 +380,8 @@ def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int
 
 def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int) -> None:
     """Fill this rank's tensors from a universal checkpoint of any layout."""
+    from holdfast import ckpt
+
     found = ckpt.open_checkpoint(checkpoints, step)
     held = state.prepare(found.specs)
     staged: list[tuple[Held, Any, np.ndarray[Any, Any]]] = []
