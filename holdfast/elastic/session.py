@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, 
 from holdfast.snapshot.fence import Fence
 from holdfast.snapshot.lifeline import Lifeline
 from holdfast.snapshot.plan import Survey
+from holdfast.snapshot.priority import hurry_other
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.verdicts import Verdict
 from holdfast.snapshot.view import View, effective_parity
@@ -244,6 +245,9 @@ class Run:
 
         def tell() -> dict[str, Any]:
             known = known_nodes(memory, self.name) if env.local_rank == 0 else []
+            for node in known:
+                with suppress(KeeperUnreachable):
+                    hurry_other(Endpoint.read(node_memory(memory, self.name, node)).pid)
             return {
                 "structure": hashlib.blake2b(structure, digest_size=16).hexdigest(),
                 "seat": asdict(Seat(env.group_rank, env.local_rank, env.local_world, nodes, tuple(known))),
