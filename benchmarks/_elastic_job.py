@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import holdfast
-from holdfast.elastic.restore import Recovery
-from holdfast.elastic.session import Run
-from holdfast.environment import Berth
-from holdfast.snapshot.client import Endpoint
+if TYPE_CHECKING:
+    from holdfast.elastic.restore import Recovery
+    from holdfast.elastic.session import Run
 
 WIDTH, LAYERS = 1024, 5  # 5.2 M parameters, 63 MB with AdamW's two moments
 KILL_AT, AFTERWARDS = 8, 4
@@ -78,6 +77,7 @@ def main() -> None:
     note("group")
     model = build(args.layout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    note("built")
 
     def body(step: int) -> None:
         batch = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(step * 64 + rank))
@@ -93,6 +93,9 @@ def main() -> None:
                 note("kill")
                 os.kill(os.getpid(), signal.SIGKILL)
         return
+
+    import holdfast  # here, so that torch alone is measured alone
+    from holdfast.environment import Berth
 
     berth = Berth.read()
     if berth is not None and berth.role != "trainer":
@@ -137,6 +140,8 @@ def _spares_wait(out: Path) -> bool:
 def _end(fault: str, run: Run) -> None:
     """A trainer dies, or its node: keeper, memory and trainer."""
     if fault == "node":
+        from holdfast.snapshot.client import Endpoint
+
         memory = run._running().link.memory
         os.kill(Endpoint.read(memory).pid, signal.SIGKILL)
         shutil.rmtree(memory)

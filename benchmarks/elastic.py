@@ -6,8 +6,9 @@ Seconds from the kill -9 to the end of the first new step on the slowest rank, w
 `torchrun -m holdfast.elastic.run` with a spare that waits at `protect`; "restart" is holdfast under torchrun alone; "torchrun" is
 the same script without holdfast, which begins again at step 1, with its cure for stale rendezvous keys
 (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1). "torchft" goes on with three ranks (_elastic_torchft.py), where it is installed.
-The floor of a restart is torchrun's own time to a new process group in the same round. All nodes are on one machine and share its
-cores, so that what starts processes takes longer than on a cluster.
+The floor of a restart is torchrun's own time to a new process group in the same round; "built" is when the script, without
+holdfast, has built its model as well. All nodes are on one machine and share its cores, so that what starts processes takes longer
+than on a cluster.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ def main() -> None:
         case = f"{layout}, {fault} killed"
         REPORT.row(case, system, "first new step", "s", [outcome.first_step_s for outcome in outcomes])
         REPORT.row(case, system, "ready", "s", [outcome.ready_s for outcome in outcomes])
+        if system == "torchrun":
+            REPORT.row(case, system, "built", "s", [outcome.built_s for outcome in outcomes])
         for phase in outcomes[0].phases:
             REPORT.row(case, system, phase, "s", [outcome.phases[phase] for outcome in outcomes])
     row = ("ddp, worker killed", "torchft, 3 ranks go on", "first new step", "s")
@@ -90,10 +93,12 @@ def _median(values: list[float]) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Seconds after the kill: when the slowest rank could begin its next step, and when it had done it."""
+    """Seconds after the kill: when the slowest rank could begin its next step, and when it had done it; and when the last of those
+    that started anew had built its model."""
 
     ready_s: float
     first_step_s: float
+    built_s: float
     phases: dict[str, float]
 
 
@@ -158,7 +163,8 @@ def outcome(place: Path) -> Outcome:
     ]
     slowest = max(ready, key=lambda note: note["at"])
     phases = dict(slowest["recovery"]["phases"]) if "recovery" in slowest else {}
-    return Outcome(max(note["at"] for note in ready) - killed, max(steps) - killed, phases)
+    built = [note["at"] for late in after for note in late if note["what"] == "built"]
+    return Outcome(max(note["at"] for note in ready) - killed, max(steps) - killed, max(built, default=killed) - killed, phases)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import pyarrow as pa
 
@@ -118,6 +120,7 @@ class Box:
         return Box((self.offset[0] + start, *self.offset[1:]), (stop - start, *self.shape[1:]))
 
 
+@lru_cache(maxsize=1 << 16)  # every table of every rank names the same arrays
 def check_name(name: str) -> None:
     """Accept a relative path of printable parts; refuse what could leave a checkpoint's directory or clash with its files."""
     parts = name.split("/")
@@ -221,12 +224,12 @@ def placement_of(name: str, tensor: torch.Tensor, *, replica: int = 0, replicas:
         return Placement(spec, (Box.whole(spec.shape),), replica, replicas)
     mesh: Any = tensor.device_mesh
     coordinate = mesh.get_coordinate()
-    expected = tuple(int(rank) for rank in mesh.mesh.flatten().tolist())
+    extents, expected = _extents_and_ranks(mesh)
     if coordinate is None:
         return Placement(spec, (), expected=expected)
     cuts, replica, replicas = [], 0, 1
     for axis, kind in enumerate(tensor.placements):  # type: ignore[attr-defined]
-        parts, index = int(mesh.mesh.shape[axis]), int(coordinate[axis])
+        parts, index = extents[axis], int(coordinate[axis])
         if kind.is_partial():
             raise StateError(f"{name} is a partial sum over its mesh; redistribute it before it can be captured")
         if kind.is_replicate():
@@ -237,6 +240,18 @@ def placement_of(name: str, tensor: torch.Tensor, *, replica: int = 0, replicas:
     cuts.sort(key=lambda cut: (cut[0], cut[1]))
     box = shard_box(spec.shape, (cut for _, _, cut in cuts))
     return Placement(spec, (box,), replica, replicas, expected)
+
+
+_MESHES: WeakKeyDictionary[Any, tuple[Shape, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def _extents_and_ranks(mesh: Any) -> tuple[Shape, tuple[int, ...]]:
+    """Kept: torch 2.13 computes `mesh.mesh` anew each time, which for a hundred tensors takes tens of milliseconds."""
+    found = _MESHES.get(mesh)
+    if found is None:
+        ranks = mesh.mesh
+        found = _MESHES[mesh] = tuple(map(int, ranks.shape)), tuple(map(int, ranks.flatten().tolist()))
+    return found
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -342,19 +357,24 @@ class FragmentTable:
 
     def specs(self) -> dict[str, ArraySpec]:
         """Every array by name; raises LayoutMismatch when two rows disagree about its dtype or shape."""
-        specs: dict[str, ArraySpec] = {}
-        for row in self:
-            known = specs.setdefault(row.array, row.spec)
-            if known != row.spec:
-                raise LayoutMismatch(
-                    f"{row.array}: rank {row.rank} says {row.dtype}{list(row.global_shape)}, another rank says "
-                    f"{known.dtype}{list(known.shape)}; all ranks have to build the same model"
-                )
-        return specs
+        return specs_of(self)
 
     def with_crcs(self, crcs: Sequence[int]) -> FragmentTable:
         column = pa.array(crcs, pa.uint32())
         return FragmentTable(self.table.set_column(self.table.schema.get_field_index("crc32c"), SCHEMA.field("crc32c"), column))
+
+
+def specs_of(rows: Iterable[Fragment]) -> dict[str, ArraySpec]:
+    """Every array by name; raises LayoutMismatch when two rows disagree about its dtype or shape."""
+    specs: dict[str, ArraySpec] = {}
+    for row in rows:
+        known = specs.get(row.array) or specs.setdefault(row.array, row.spec)
+        if (known.dtype, known.shape) != (row.dtype, row.global_shape):
+            raise LayoutMismatch(
+                f"{row.array}: rank {row.rank} says {row.dtype}{list(row.global_shape)}, another rank says "
+                f"{known.dtype}{list(known.shape)}; all ranks have to build the same model"
+            )
+    return specs
 
 
 def _has_nulls(column: pa.ChunkedArray) -> bool:
@@ -368,15 +388,19 @@ def _check_row(row: Fragment) -> None:
         spec = row.spec
     except StateError as error:
         raise CorruptData(f"fragment table: {error}") from error
-    dims = {len(row.global_shape), len(row.offset), len(row.shape)}
+    # Without a Box for each row: every rank does this for the rows of all ranks, while training waits for it.
     sound = (
-        len(dims) == 1
-        and min((*row.offset, *row.shape, row.rank, row.slot_offset, row.nbytes), default=0) >= 0
-        and Box.whole(row.global_shape).contains(row.box)
-        and row.nbytes == row.box.size * ITEMSIZE[spec.dtype]
+        len(row.global_shape) == len(row.offset) == len(row.shape)
+        and min((*row.offset, *row.shape, row.rank, row.slot_offset, row.nbytes)) >= 0
+        and all(map(_fits, row.offset, row.shape, row.global_shape))
+        and row.nbytes == math.prod(row.shape) * ITEMSIZE[spec.dtype]
     )
     if not sound:
         raise CorruptData(f"fragment table: row of {row.array} is impossible: {row}")
+
+
+def _fits(offset: int, extent: int, within: int) -> bool:
+    return offset + extent <= within
 
 
 # -- checks over whole tables ------------------------------------------------------------------------------------------

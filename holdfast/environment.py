@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import uuid
@@ -133,6 +135,8 @@ class Berth:
     transcript: int
     """Descriptor of the file in memory for what the trainer heard from other ranks before it entered protect()."""
     launcher: int
+    cradle: str = ""
+    """Where this host's keepers are born, where they are plain processes."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None) -> Berth | None:
@@ -145,3 +149,13 @@ class Berth:
 
     def to_text(self) -> str:
         return json.dumps({name: getattr(self, name) for name in self.__slots__})
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int) -> None:
+    """From here on this process is killed when its parent ends, however that ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)

@@ -21,6 +21,12 @@ def test_importing_holdfast_loads_no_heavy_package() -> None:
     assert not loaded & {"torch", "ray", "numpy", "pyarrow", "zarr", "triton", "rich", "reedsolo", "pyeclib"}
 
 
+def test_a_rank_that_starts_again_does_not_load_what_only_checkpoints_need() -> None:
+    """It would be a quarter of what a rank imports of holdfast, while all wait for the slowest."""
+    code = "import sys, holdfast.elastic.session; print(*(name for name in sys.modules if name.startswith('holdfast.ckpt')))"
+    assert in_a_fresh_interpreter(code) == ""
+
+
 def test_importing_holdfast_starts_no_thread_and_opens_no_socket() -> None:
     code = (
         "import os\n"

@@ -8,6 +8,7 @@ Knows nothing of torch.
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 import threading
 import time
@@ -41,6 +42,11 @@ def board_address(env: Mapping[str, str]) -> Address:
 def board_token(env: Mapping[str, str]) -> str:
     """Keeps another job's processes out; it is no secret to whoever can read this job's environment."""
     return env.get("HOLDFAST_TOKEN") or _digest(env)
+
+
+def cradle_name(env: Mapping[str, str]) -> str:
+    """Where the processes of this attempt on this host ask for keepers."""
+    return f"holdfast-{os.getuid()}-{_digest(env)}-{env.get('GROUP_RANK', '0')}"
 
 
 def _digest(env: Mapping[str, str]) -> str:

@@ -6,8 +6,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from holdfast.elastic.journal import (
     LastWords,
     Recorder,
     journal_path,
-    last_attempt,
     last_words,
     records_of,
 )
@@ -32,8 +31,19 @@ from holdfast.snapshot.verdicts import Verdict
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What the ranks told each other of the attempt before this one: its number (0: there was none) and its last words; and when
+    the last of them was started now, and entered."""
+
+    attempt: int
+    words: Sequence[LastWords]
+    born_s: float
+    entered_s: float
+
+
 class Chronicle:
-    """Opened by all ranks together when training can go on; from then on each rank writes alone."""
+    """Begun by all ranks together when training can go on; from then on each rank writes alone."""
 
     def __init__(self, place: Path, begin: Begin, loaders: Mapping[str, Loader], incident: Incident | None) -> None:
         self._place, self._loaders, self._incident = place, loaders, incident
@@ -54,26 +64,25 @@ class Chronicle:
         entered_s: float,
         recovery: Recovery | None,
         phases: Mapping[str, float],
+        before: Before,
         in_place: bool = False,
     ) -> Chronicle:
-        """Number the attempt, hear the last words of the one before, and begin a journal.
+        """Number the attempt, and begin a journal.
 
         in_place: no process was started for this attempt; survivors and spares were there.
         """
         place, born_s = records_of(checkpoints, job), entered_s if in_place else process_born_s()
-        told = team.all(lambda: [last_attempt(place), born_s, entered_s])
-        attempt = 1 + max(item[0] for item in told)
+        attempt = 1 + before.attempt
         loaders = {name: item for name, item in objects.items() if isinstance(item, Loader)}
-        words = _words_of(team, place, attempt - 1)
         incident = None
-        if team.rank == 0 and is_incident(words):
+        if team.rank == 0 and is_incident(before.words):
             incident = describe(
-                words,
+                before.words,
                 job=job,
                 attempt=attempt,
                 world=team.world,
-                born_s=max(item[1] for item in told),
-                entered_s=max(item[2] for item in told),
+                born_s=before.entered_s if in_place else before.born_s,
+                entered_s=before.entered_s,
                 restored_step=step,
                 kind=recovery.kind if recovery else "everything",
                 rung=recovery.rung if recovery else "",
@@ -134,15 +143,16 @@ class Chronicle:
             logger.error("the record of this incident could not be written: %s", error)
 
 
-def _words_of(team: Team, place: Path, attempt: int) -> list[LastWords]:
-    """What the ranks of an attempt left; read by as many ranks as there are now, each its share."""
+def words_here(place: Path, attempt: int, rank: int, world: int) -> list[dict[str, Any]]:
+    """What the ranks of an attempt left, as this rank finds it: its own, and its share of the others'."""
+    paths = sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
+    own = {path.name for path in paths[rank::world]} | {journal_path(place, attempt, rank).name}
+    return [asdict(found) for path in paths if path.name in own and (found := last_words(path)) is not None]
 
-    def read() -> list[dict[str, Any]]:
-        paths = sorted((place / "journal").glob(f"{attempt:06d}-rank-*.log")) if attempt else []
-        own = {path.name for path in paths[team.rank :: team.world]} | {journal_path(place, attempt, team.rank).name}
-        return [asdict(found) for path in paths if path.name in own and (found := last_words(path)) is not None]
 
-    found = {item["rank"]: LastWords(**item) for told in team.all(read) for item in told}
+def words_of_all(told: Iterable[list[dict[str, Any]]]) -> list[LastWords]:
+    """Each rank's last words once, in the order of ranks."""
+    found = {item["rank"]: LastWords(**item) for words in told for item in words}
     return [found[rank] for rank in sorted(found)]
 
 

@@ -83,6 +83,11 @@ class Communicator:
         with self._changed:
             return self._changed.wait_for(lambda: self.is_stale, timeout_s)
 
+    def await_epoch(self, epoch: int) -> None:
+        """Return once `epoch` is known here: whoever calls may be ahead of the board's word."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest >= epoch, CONNECT_TIMEOUT_S)
+
     def connect(self) -> int:
         """Replace the inner groups under the newest epoch; returns it. Blocks until all ranks have come.
 

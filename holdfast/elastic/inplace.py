@@ -59,12 +59,14 @@ class InPlace:
     def __init__(self, line: post.Post, communicator: Communicator) -> None:
         self.line, self._communicator = line, communicator
 
-    def enter(self, attempt: Callable[[], None]) -> None:
-        """Enter the run for the first time; a spare waits here until it is called."""
+    def enter(self, attempt: Callable[[], None], rehearse: Callable[[], None]) -> None:
+        """Enter the run for the first time; a spare waits here until it is called, after a rehearsal."""
         heard = self._communicator.end_prologue()
         if heard is not None:
             self.line.keep(heard)
-        self.line.await_call()
+        if self.line.role == "ready":
+            rehearse()
+        self._communicator.await_epoch(self.line.await_call())
         self._carry_through(attempt, connected=not self._communicator.alone)
 
     def is_due(self, error: BaseException | None) -> bool:
@@ -101,7 +103,7 @@ class InPlace:
                 connected = False
             else:
                 crash_point("trainer.entered")
-                self.line.tell("running")
+                self.line.entered()
                 return
 
 

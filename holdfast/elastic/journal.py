@@ -25,7 +25,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from holdfast.ckpt.storage import place
 from holdfast.coding import crc32c
 from holdfast.elastic.batching import StepPlan
 from holdfast.environment import runtime_dir
@@ -205,7 +204,13 @@ def records_of(checkpoints: str | None, name: str) -> Path:
 
     An object store cannot be appended to, so records of a run that keeps its checkpoints in one stay on its hosts.
     """
-    where = None if checkpoints is None else place(checkpoints)
+    if checkpoints is None:
+        return runtime_dir() / "records" / name
+    if "://" not in checkpoints:
+        return Path(checkpoints) / "records"
+    from holdfast.ckpt.storage import place  # here: see `restore.look`
+
+    where = place(checkpoints)
     return where / "records" if isinstance(where, Path) else runtime_dir() / "records" / name
 
 

@@ -6,28 +6,31 @@ one is taken; nothing that failed a check is ever left in the state that trainin
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from holdfast import ckpt
 from holdfast.arrays import FragmentTable
-from holdfast.ckpt.storage import Place, place
 from holdfast.elastic.incidents import is_incident, read_incidents
 from holdfast.elastic.interval import FailureRate
 from holdfast.elastic.journal import pace, taken_s, words_of_last_attempt
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
-from holdfast.elastic.team import Outcome, Team
+from holdfast.elastic.team import SHORT_NBYTES, Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
 from holdfast.snapshot.client import connect
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore, was_ever_safe
 from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
+
+if TYPE_CHECKING:
+    from holdfast.ckpt.storage import Place
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,8 @@ Lap = Callable[[str], None]
 
 CHECKPOINTS_TRIED = 3
 """How many checkpoints are looked at before a start gives up; more damaged ones in a row mean that storage itself is ill."""
+
+_LENGTHS = struct.Struct("!QQ")
 
 _DAMAGED = ("CorruptData", "MissingData", "UnsupportedFormat", "NotACheckpoint")
 
@@ -84,17 +89,17 @@ def newest(
     host: str,
     checkpoints: str | None,
     lap: Lap,
-    records: Path | None = None,
+    known: Known,
+    surveys: list[Survey],
+    attach: Callable[[], None],
 ) -> Restored:
     """Restore the newest step that any source still has, on all ranks alike.
 
-    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity; `records` is
-    where earlier recoveries of this run wrote down what they cost. Raises SnapshotLost when snapshots exist, none of them can be
-    restored and no checkpoint is left.
+    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity; `known` is what
+    rank 0 knows, and `surveys` what all keepers have just said. `attach` is called on every rank as soon as its own state is there
+    from memory (`Restored.in_memory`), and again where that of another rank was not to be had. Raises SnapshotLost when snapshots
+    exist, none of them can be restored and no checkpoint is left.
     """
-    surveys = _survey(team, sources)
-    known = _Known.from_json(team.all(lambda: _look(checkpoints, records).to_json() if team.rank == 0 else None)[0])
-    lap("survey")
     notes, failed = list(known.problems), set[int]()
     distrusted: Distrusted = frozenset()
     best: int | None = None
@@ -119,10 +124,10 @@ def newest(
             failed.add(chosen.step)
             continue
         plan = offers[chosen]
-        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap)
+        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap, attach)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
-            raise_first(outcomes)
+            _raise_first(outcomes)
             restored = _restored_from(plan, chosen.rung, surveys, team, notes, why)
             return replace(restored, checkpoint=max(known.stored, default=0), rate=known.rate)
         notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
@@ -175,7 +180,7 @@ def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """What rank 0 knows for all: sound checkpoints (newest first), what is wrong with newer ones, what recoveries cost, and how
     often one is needed."""
 
@@ -188,24 +193,34 @@ class _Known:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> _Known:
+    def from_json(cls, fields: dict[str, Any]) -> Known:
         stored, problems = tuple(fields["stored"]), tuple(fields["problems"])
         return cls(stored, problems, Prices(**fields["prices"]), FailureRate(**fields["rate"]))
 
 
-def _look(checkpoints: str | None, records: Path | None) -> _Known:
+def look(checkpoints: str | None, records: Path | None) -> Known:
+    """What rank 0 finds in storage; `records` is where earlier recoveries of this run wrote down what they cost."""
+    stored, problems = ([], []) if checkpoints is None else _stored(checkpoints)
+    return Known(tuple(stored), tuple(problems), *_learned(records))
+
+
+def _stored(checkpoints: str) -> tuple[list[int], list[str]]:
+    """The newest sound checkpoints, and what is wrong with newer ones."""
+    # Here, and not for every rank that starts again: importing it is a quarter of what importing this package takes.
+    from holdfast import ckpt
+
     stored: list[int] = []
     problems: list[str] = []
-    where = None if checkpoints is None else _directory(checkpoints)
+    where = _directory(checkpoints)
     # A store has no prefix before the first save.
-    for info in reversed(ckpt.list_steps(where)) if where is not None and where.is_dir() else ():
+    for info in reversed(ckpt.list_steps(where)) if where.is_dir() else ():
         if ckpt.is_sound(info):
             stored.append(info.step)
         elif not stored:
             problems.append(f"checkpoint {info.path} is passed over: {info.problem or 'its documents are damaged'}")
         if len(stored) == CHECKPOINTS_TRIED:
             break
-    return _Known(tuple(stored), tuple(problems), *_learned(records))
+    return stored, problems
 
 
 def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
@@ -226,6 +241,8 @@ def _learned(records: Path | None) -> tuple[Prices, FailureRate]:
 
 def _directory(checkpoints: str) -> Place:
     """The place for checkpoints, made if need be. Raises ConfigError where there can be none."""
+    from holdfast.ckpt.storage import place
+
     where = place(checkpoints)
     if isinstance(where, Path):
         try:
@@ -239,9 +256,16 @@ def _directory(checkpoints: str) -> Place:
 
 
 def _from_memory(
-    state: TrackedState, team: Team, plan: RestorePlan, surveys: list[Survey], sources: Mapping[int, Path], host: str, lap: Lap
+    state: TrackedState,
+    team: Team,
+    plan: RestorePlan,
+    surveys: list[Survey],
+    sources: Mapping[int, Path],
+    host: str,
+    lap: Lap,
+    attach: Callable[[], None],
 ) -> list[Outcome]:
-    """Rebuild what is lost, then fill every rank's tensors; how each rank fared."""
+    """Rebuild what is lost, then fill every rank's tensors and attach it; how each rank fared."""
     members = {survey.member.node: survey.member for survey in surveys}
 
     def rebuild() -> None:
@@ -256,11 +280,11 @@ def _from_memory(
                         int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
                     )
 
-    rebuilt = team.attempt(rebuild)
+    rebuilt = team.attempt(rebuild) if plan.rebuilds else []
     lap("rebuild")
     if any(outcome.error for outcome in rebuilt):
         return rebuilt
-    tables, objects = _tables(team, plan, sources)
+    tables, objects = _tables(team, plan, surveys, sources)
 
     def load() -> None:
         source = SlotSource(plan, members.values(), tables, host=host)
@@ -270,30 +294,58 @@ def _from_memory(
         finally:
             source.close()
         state.load_texts(objects[str(team.rank if str(team.rank) in objects else team.rank % plan.world)])
+        if plan.world == team.world:
+            attach()
 
     outcomes = team.attempt(load)
+    if plan.world != team.world and not any(outcome.error for outcome in outcomes):
+        # Ranks read each other's slots, and one that is attached may get a larger one in the place of what it held.
+        outcomes = team.attempt(attach)
     lap("load")
     return outcomes
 
 
-def _tables(team: Team, plan: RestorePlan, sources: Mapping[int, Path]) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
+def _tables(
+    team: Team, plan: RestorePlan, surveys: list[Survey], sources: Mapping[int, Path]
+) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
     """The fragment tables and objects of all ranks at the plan's step, told by the keepers that hold them."""
-    mine: list[FragmentTable] = []
+    ranks_on = {node: ranks for node in sources if (ranks := plan.ranks_on(node))}
 
-    def ask() -> dict[str, Any]:
-        objects: dict[str, Any] = {}
-        for node, memory in sources.items():
-            if ranks := plan.ranks_on(node):
-                header, table = ask_once(memory, "tables", step=plan.step, index=plan.index, ranks=ranks)
-                mine.append(FragmentTable.from_bytes(bytes(table)))
-                objects |= header["objects"]
-        return objects
+    def ask() -> bytes:
+        at = {"step": plan.step, "index": plan.index}
+        return b"".join(_packed(*ask_once(sources[node], "tables", ranks=ranks, **at)) for node, ranks in ranks_on.items())
 
     objects: dict[str, dict[str, str]] = {}
-    for told in team.all(ask):
-        objects |= told
-    tables = [FragmentTable.from_bytes(data) for data in team.gather(FragmentTable.concat(mine).to_bytes())]
+    tables: list[FragmentTable] = []
+    for told in team.all(ask, room_nbytes=_room_of(plan, surveys)):
+        for header, table in _unpacked(told):
+            tables.append(FragmentTable.from_bytes(table))
+            objects |= header["objects"]
     return FragmentTable.concat(tables), objects
+
+
+def _room_of(plan: RestorePlan, surveys: list[Survey]) -> int:
+    """What the tables and objects of one node should fit into; all ranks compute the same."""
+    nbytes: dict[int, int] = {}
+    for survey in surveys:
+        for slot in survey.slots:
+            if (slot.step, slot.epoch, slot.index) == (plan.step, plan.epoch, plan.index) and slot.rank >= 0:
+                nbytes[survey.member.node] = nbytes.get(survey.member.node, SHORT_NBYTES) + slot.meta_nbytes
+    return max(nbytes.values(), default=SHORT_NBYTES)
+
+
+def _packed(header: dict[str, Any], table: bytes | memoryview) -> bytes:
+    head = json.dumps(header).encode()
+    return _LENGTHS.pack(len(head), len(table)) + head + bytes(table)
+
+
+def _unpacked(data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+    place = 0
+    while place < len(data):
+        head, table = _LENGTHS.unpack_from(data, place)
+        start = place + _LENGTHS.size
+        place = start + head + table
+        yield json.loads(data[start : start + head]), data[start + head : place]
 
 
 def _restored_from(
@@ -309,7 +361,7 @@ def _restored_from(
     return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
 
 
-def raise_first(outcomes: list[Outcome]) -> None:
+def _raise_first(outcomes: list[Outcome]) -> None:
     """Raise for the first rank whose part failed, on all ranks alike."""
     for rank, outcome in enumerate(outcomes):
         if outcome.error:
@@ -332,6 +384,8 @@ def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int
 
 def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int) -> None:
     """Fill this rank's tensors from a universal checkpoint of any layout."""
+    from holdfast import ckpt
+
     found = ckpt.open_checkpoint(checkpoints, step)
     held = state.prepare(found.specs)
     staged: list[tuple[Held, Any, np.ndarray[Any, Any]]] = []

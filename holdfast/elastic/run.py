@@ -16,14 +16,15 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from holdfast.elastic.board import Address, Board, board_address, board_token, reach
+from holdfast.elastic.board import Address, Board, board_address, board_token, cradle_name, reach
 from holdfast.elastic.post import RESTART
-from holdfast.environment import BERTH, Berth
+from holdfast.environment import BERTH, Berth, Environment
 from holdfast.errors import ConfigError, HoldfastError
 
 logger = logging.getLogger("holdfast.elastic.run")
@@ -33,6 +34,10 @@ STRIKES = 3
 
 
 NOT_ENTERED = "it had not entered protect() yet"
+
+HEAD_START_S = 5.0
+"""A spare is started once the trainer has done a step, or after this time: importing torch takes seconds of a core, which the first
+step after a recovery may need."""
 
 
 # -- deciding --------------------------------------------------------------------------------------------------------------
@@ -86,8 +91,8 @@ class Child:
     is_ready: bool = False
     lines: bytes = field(default=b"")
 
-    def call(self) -> None:
-        self.channel.sendall(b"go\n")
+    def call(self, epoch: int) -> None:
+        self.channel.sendall(f"{epoch}\n".encode())
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):
@@ -108,6 +113,8 @@ class Launcher:
         self._steps = memoryview(mmap.mmap(self._pulse, mmap.PAGESIZE)).cast("Q")
         self._trainer: Child | None = None
         self._spare: Child | None = None
+        self._spare_due_s: float | None = None
+        self._epoch = 0
         self._record = Record()
         # Until it has entered protect(), a spare would not know what it heard from others; and nothing is lost by a restart.
         self._obstacle = NOT_ENTERED
@@ -119,8 +126,10 @@ class Launcher:
             signal.signal(number, self._stop)
         self._trainer = self._start("trainer")
         while self._code is None:
-            for key, _ in self._selector.select():
+            for key, _ in self._selector.select(self._patience_s()):
                 key.data()
+            if self._patience_s() == 0:
+                self._start_spare()
         for child in (self._trainer, self._spare):
             if child is not None:
                 child.kill()
@@ -135,11 +144,12 @@ class Launcher:
 
     def _start(self, role: str) -> Child:
         ours, theirs = socket.socketpair()
-        berth = Berth(role, self._board, self._token, theirs.fileno(), self._pulse, self._transcript, os.getpid())
+        lines = (theirs.fileno(), self._pulse, self._transcript)
+        berth = Berth(role, self._board, self._token, *lines, os.getpid(), cradle_name(os.environ))
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "holdfast.elastic.trainer", *self._arguments],
             env={**os.environ, BERTH: berth.to_text()},
-            pass_fds=(theirs.fileno(), self._pulse, self._transcript),
+            pass_fds=lines,
         )
         theirs.close()
         child = Child(process, os.pidfd_open(process.pid), ours)
@@ -157,16 +167,26 @@ class Launcher:
             if line == b"ready":
                 child.is_ready = True
                 if child is self._trainer:
-                    child.call()  # it was needed before it was ready
+                    child.call(self._epoch)  # it was needed before it was ready
             elif line == b"running" and child is self._trainer:
                 self._entered()
+            elif line == b"stepping" and child is self._trainer:
+                self._start_spare()
 
     def _entered(self) -> None:
         """The trainer has entered protect(), and everything is there that another one needs to take its place."""
         if self._obstacle == NOT_ENTERED:
             self._obstacle = ""
+        self._spare_due_s = time.monotonic() + HEAD_START_S
+
+    def _start_spare(self) -> None:
+        self._spare_due_s = None
         if self._spare is None and self._spares != "none" and not self._obstacle:
             self._spare = self._start(self._spares)
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for somebody's word; None for ever."""
+        return None if self._spare_due_s is None else max(0.0, self._spare_due_s - time.monotonic())
 
     def _ended(self, child: Child) -> None:
         code = child.process.wait()
@@ -191,6 +211,7 @@ class Launcher:
             )
 
     def _trainer_ended(self, code: int) -> None:
+        self._spare_due_s = None
         self._record = self._record.after_death_at(self._steps[0])
         verdict = judge(code, self._record, stopping=self._stopping, obstacle=self._obstacle)
         if verdict.action == "replace":
@@ -204,7 +225,7 @@ class Launcher:
         """Publish first: the survivors wake up while the spare gets going."""
         try:
             board = reach(self._board, self._token, patience_s=5)
-            board.ask("advance", reason=f"rank {self._rank} was {reason}")
+            self._epoch = board.ask("advance", reason=f"rank {self._rank} was {reason}")["epoch"]
             board.close()
         except HoldfastError as error:
             logger.error("rank %d: its trainer was %s, and the board is gone (%s)", self._rank, reason, error)
@@ -215,7 +236,7 @@ class Launcher:
         )
         self._trainer, self._spare = self._spare or self._start("late"), None
         if self._trainer.is_ready:
-            self._trainer.call()
+            self._trainer.call(self._epoch)
 
 
 def main(arguments: list[str]) -> int:
@@ -241,6 +262,7 @@ def main(arguments: list[str]) -> int:
         spares = "import" if Path("/proc/driver/nvidia").exists() else "ready"
     try:
         address, token = board_address(os.environ), board_token(os.environ)
+        cradle = _start_cradle()
         board = Board(address, token) if os.environ["RANK"] == "0" else None
     except ConfigError as error:
         print(f"ConfigError: {error}", file=sys.stderr)
@@ -248,8 +270,18 @@ def main(arguments: list[str]) -> int:
     try:
         return Launcher(options.script, spares, address, token).run()
     finally:
+        if cradle is not None:
+            cradle.kill()
+            cradle.wait()
         if board is not None:
             board.close()
+
+
+def _start_cradle() -> subprocess.Popen[bytes] | None:
+    """One for each host, where keepers are plain processes; Ray starts its own."""
+    if os.environ.get("LOCAL_RANK", "0") != "0" or Environment.read().keepers != "process":
+        return None
+    return subprocess.Popen([sys.executable, "-m", "holdfast.snapshot.cradle", cradle_name(os.environ), str(os.getpid())])
 
 
 if __name__ == "__main__":

@@ -11,22 +11,23 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import guards, restore
-from holdfast.elastic.chronicle import Chronicle
+from holdfast.elastic.chronicle import Before, Chronicle, process_born_s, words_here, words_of_all
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
-from holdfast.elastic.journal import records_of
+from holdfast.elastic.journal import last_attempt, records_of
+from holdfast.elastic.places import Place, Seat, places_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
 from holdfast.elastic.pulse import Heart
-from holdfast.elastic.restore import Recovery, Restored, ask_once, raise_first
+from holdfast.elastic.rehearsal import rehearse
+from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.sensors import announce
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
@@ -35,7 +36,6 @@ from holdfast.errors import (
     CheckpointFailed,
     ClusterError,
     ConfigError,
-    HoldfastError,
     KeeperUnreachable,
     LayoutMismatch,
     StaleEpoch,
@@ -49,9 +49,11 @@ from holdfast.snapshot.client import Endpoint, Link
 from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, revive_keeper
 from holdfast.snapshot.fence import Fence
 from holdfast.snapshot.lifeline import Lifeline
+from holdfast.snapshot.plan import Survey
+from holdfast.snapshot.priority import hurry_other
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.verdicts import Verdict
-from holdfast.snapshot.view import Member, View, effective_parity
+from holdfast.snapshot.view import View, effective_parity
 
 logger = logging.getLogger(__name__)
 
@@ -76,49 +78,6 @@ class Settings:
     on_nan: str
     grace_s: float = 20.0
     diagnose_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this rank stands: its node, and whether it speaks for the node or for the host."""
-
-    node: int
-    nodes_here: tuple[int, ...]
-    leads_node: bool
-    leads_host: bool
-    guests: tuple[int, ...] = ()
-    """Nodes of an earlier, larger start whose memory is still on this host: sources to restore from, no members."""
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What one launch agent brings: how many nodes it plays, and which ones it has been before (their memory is there)."""
-
-    agent: int
-    count: int
-    known: tuple[int, ...]
-
-
-def assign_nodes(claims: Sequence[Claim]) -> dict[int, tuple[int, ...]]:
-    """The nodes of every agent. A host keeps the numbers under which it holds snapshots, wherever torchrun has put its ranks."""
-    taken: dict[int, list[int]] = {claim.agent: [] for claim in claims}
-    used: set[int] = set()
-    for claim in sorted(claims, key=lambda claim: claim.agent):
-        kept = [node for node in claim.known if node not in used][: claim.count]
-        taken[claim.agent] += kept
-        used |= set(kept)
-    free = (node for node in count() if node not in used)
-    for claim in sorted(claims, key=lambda claim: claim.agent):
-        taken[claim.agent] += [next(free) for _ in range(claim.count - len(taken[claim.agent]))]
-    return {agent: tuple(sorted(nodes)) for agent, nodes in taken.items()}
-
-
-def place_of(env: Environment, nodes: tuple[int, ...], known: Sequence[int] = ()) -> Place:
-    """Ranks of a host are dealt to its nodes in runs of equal length; the first rank of a node speaks for it."""
-    own = env.local_rank * len(nodes) // env.local_world
-    first = env.local_rank == 0 or (env.local_rank - 1) * len(nodes) // env.local_world != own
-    leads_host = env.local_rank == 0
-    return Place(nodes[own], nodes, first, leads_host, tuple(node for node in known if leads_host and node not in nodes))
 
 
 class Run:
@@ -160,7 +119,7 @@ class Run:
         if self._in_place is None:
             self._enter()
         else:
-            self._in_place.enter(self._enter)
+            self._in_place.enter(self._enter, lambda: rehearse(self._tracked.optimizers.values()))
         return self
 
     def recover_in_place(self, error: BaseException | None) -> bool:
@@ -179,31 +138,61 @@ class Run:
 
     def _enter(self) -> None:
         self._held.close()  # of an attempt that somebody's death has ended
+        try:
+            self._enter_together()
+        except BaseException:
+            self._held.close()
+            raise
+
+    def _enter_together(self) -> None:
+        """What ranks have to tell each other is gathered up: each time they wait for the slowest, and recovery is made of that."""
         started, entered_s = time.perf_counter(), time.time()
         env = Environment.read()
         if os.environ.get("HOLDFAST_FAULTS"):
             arm_from_text(os.environ["HOLDFAST_FAULTS"], role="trainer", place=env.rank)
         team, clock = Team(env), _Clock()
         memory = Path(self._settings.memory_dir) if self._settings.memory_dir else env.memory
-        self._agree_on_structure(team)
-        place = self._find_place(team, env, memory)
-        clock.lap("agree")
-        nodes = [*place.nodes_here, *place.guests]
-        starting: dict[str, Any] = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
-        team.all(lambda: ensure_keepers(self.name, nodes, memory, **starting) if place.leads_host else None)
-        own = node_memory(memory, self.name, place.node)
-        clock.lap("keepers")
-        sources = {place.node: own} if place.leads_node else {}
-        sources |= {node: node_memory(memory, self.name, node) for node in place.guests}
-        host = Endpoint.read(own).member.host
         records = records_of(self._settings.checkpoints, self.name)
-        restored = restore.newest(self._tracked, team, sources, host, self._settings.checkpoints, clock.lap, records)
-        if restored.recovery is None and any(team.all(lambda: self._begun)):
+        met = self._meet(team, env, memory, records, entered_s)
+        place = met.places[team.rank]
+        clock.lap("agree")
+        nodes = {node: node_memory(memory, self.name, node) for node in (*place.nodes_here, *place.guests)}
+        starting: dict[str, Any] = {"kind": env.keepers, "ray_address": env.ray_address, "bind": env.bind}
+        if self._in_place is not None:
+            starting["cradle"] = self._in_place.line.cradle
+
+        def ask() -> list[Any]:
+            return [ask_once(at, "survey") for at in nodes.values()] if place.leads_host else []
+
+        def first_ask() -> dict[str, Any]:
+            if place.leads_host:
+                ensure_keepers(self.name, list(nodes), memory, **starting)
+            clock.lap("keepers")
+            return {"surveys": ask(), "words": words_here(records, met.attempt, team.rank, team.world)}
+
+        told = team.all(first_ask)
+        clock.lap("survey")
+        heard = [[Survey.from_json(found) for found in item["surveys"]] for item in told]
+        own = nodes[place.node]
+        sources = {node: at for node, at in nodes.items() if node in place.guests or (node == place.node and place.leads_node)}
+        host = Endpoint.read(own).member.host
+        links: list[Link] = []
+
+        def attach() -> None:
+            for link in links:
+                link.close()
+            links[:] = [Link(own, team.rank, env.launch, self._room_needed(team))]
+            self._held.callback(links[0].close)
+
+        surveys = [survey for found in heard for survey in found]
+        checkpoints = self._settings.checkpoints
+        restored = restore.newest(self._tracked, team, sources, host, checkpoints, clock.lap, met.known, surveys, attach)
+        if restored.recovery is None and met.begun:
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
-        link = team_link(team, own, env, self._room_needed(team))
-        self._held.callback(link.close)
-        guests = [Endpoint.read(sources[node]).member for node in place.guests]
-        if not any(self._join(team, place, own, restored, guests) for _ in range(JOIN_TRIES)):
+        if not restored.in_memory:
+            team.all(attach)
+        link = links[0]
+        if not self._join(team, met.places, own, restored, heard, ask):
             raise ClusterError(
                 f"the keepers of {self.name} could not enter an epoch together in {JOIN_TRIES} attempts; start again"
             )
@@ -219,16 +208,18 @@ class Run:
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
+        words = words_of_all(item["words"] for item in told)
         self._chronicle = Chronicle.open(
             team,
             job=self.name,
-            checkpoints=self._settings.checkpoints,
+            checkpoints=checkpoints,
             objects=self._tracked.objects,
             step=self.step,
             entered_s=entered_s,
             in_place=self._in_place is not None and restored.recovery is not None,
             recovery=self.recovery,
             phases=clock.laps,
+            before=Before(met.attempt, words, met.born_s, met.entered_s),
         )
         self._begin_pulse(link)
 
@@ -246,8 +237,40 @@ class Run:
         self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
         self._held.callback(self._heart.stop)
 
-    def _agree_on_structure(self, team: Team) -> None:
-        """Every rank holds what the layout says it holds, and nobody has another shape for the same array."""
+    def _meet(self, team: Team, env: Environment, memory: Path, records: Path, entered_s: float) -> _Met:
+        """All that can be told before anything is known of the others. Raises LayoutMismatch where ranks hold what does not fit
+        together: every rank holds what the layout says it holds, and nobody has another shape for the same array."""
+        structure = self._structure()
+        nodes = min(self._settings.redundancy.nodes_per_host, env.local_world)
+
+        def tell() -> dict[str, Any]:
+            known = known_nodes(memory, self.name) if env.local_rank == 0 else []
+            for node in known:
+                with suppress(KeeperUnreachable):
+                    hurry_other(Endpoint.read(node_memory(memory, self.name, node)).pid)
+            return {
+                "structure": hashlib.blake2b(structure, digest_size=16).hexdigest(),
+                "seat": asdict(Seat(env.group_rank, env.local_rank, env.local_world, nodes, tuple(known))),
+                "known": restore.look(self._settings.checkpoints, records).to_json() if team.rank == 0 else None,
+                "attempt": last_attempt(records),
+                "born_s": process_born_s(),
+                "entered_s": entered_s,
+                "begun": self._begun,
+            }
+
+        told = team.all(tell)
+        if len({item["structure"] for item in told}) > 1:
+            _compare([json.loads(item) for item in team.gather(structure)])
+        return _Met(
+            places=places_of([Seat(**{**item["seat"], "known": tuple(item["seat"]["known"])}) for item in told]),
+            known=restore.Known.from_json(told[0]["known"]),
+            attempt=max(item["attempt"] for item in told),
+            born_s=max(item["born_s"] for item in told),
+            entered_s=max(item["entered_s"] for item in told),
+            begun=any(item["begun"] for item in told),
+        )
+
+    def _structure(self) -> bytes:
         arrays = {
             item.name: [item.placement.spec.dtype, list(item.placement.spec.shape), list(item.placement.expected)]
             for item in self._tracked.held()
@@ -255,23 +278,7 @@ class Run:
             if self._in_place is None or item.name.split("/")[0] not in self._tracked.optimizers
         }
         mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
-        text = json.dumps(mine, sort_keys=True).encode()
-        digests = team.gather(hashlib.blake2b(text, digest_size=16).digest())
-        if len(set(digests)) > 1:
-            _compare([json.loads(item) for item in team.gather(text)])
-
-    def _find_place(self, team: Team, env: Environment, memory: Path) -> Place:
-        """The nodes of every host, agreed by all."""
-        nodes = min(self._settings.redundancy.nodes_per_host, env.local_world)
-
-        def claim() -> Any:
-            return [env.group_rank, nodes, known_nodes(memory, self.name)] if env.local_rank == 0 else None
-
-        claims = [Claim(agent, number, tuple(known)) for agent, number, known in filter(None, team.all(claim))]
-        assigned = assign_nodes(claims)
-        members = {node for nodes in assigned.values() for node in nodes}
-        own = next(claim for claim in claims if claim.agent == env.group_rank)
-        return place_of(env, assigned[env.group_rank], [node for node in own.known if node not in members])
+        return json.dumps(mine, sort_keys=True).encode()
 
     def _room_needed(self, team: Team) -> int:
         """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
@@ -281,31 +288,56 @@ class Run:
             nbytes += 2 * plan_capture([item for item in held if item.lazy], team.rank).room_nbytes
         return nbytes
 
-    def _join(self, team: Team, place: Place, memory: Path, restored: Restored, guests: list[Member]) -> bool:
+    def _join(
+        self,
+        team: Team,
+        places: Sequence[Place],
+        memory: Path,
+        restored: Restored,
+        heard: list[list[Survey]],
+        ask: Callable[[], list[Any]],
+    ) -> bool:
         """All keepers enter the same new epoch; from here on the dead of the last one are refused.
 
-        False when keepers were regrouping at this moment and have gone further than the epoch that was to be entered.
+        What was `heard` of them a moment ago is asked again when keepers were regrouping meanwhile and have gone further than the
+        epoch that was to be entered. False when they have each time.
         """
+        place = places[team.rank]
+        for _ in range(JOIN_TRIES):
+            view = self._view(places, restored, heard)
+            if team.rank == 0:
+                self._explain(view, restored, team.world)
 
-        def describe() -> dict[str, Any]:
-            found = Endpoint.read(memory).member
-            epoch = ask_once(memory, "survey")["epoch"]
-            mine = [guest.to_json() for guest in guests]
-            return {"node": place.node, "rank": team.rank, "member": found.to_json(), "epoch": epoch, "guests": mine}
+            def enter(view: View = view) -> None:
+                if place.leads_node:
+                    ask_once(memory, "join", view=view.to_json())
 
-        told = team.all(describe)
-        members: dict[int, Member] = {}
-        for item in told:
-            ranks = tuple(other["rank"] for other in told if other["node"] == item["node"])
-            members[item["node"]] = Member.from_json({**item["member"], "ranks": ranks})
-        redundancy = self._settings.redundancy
-        view = View(
+            def begin(view: View = view) -> None:
+                if place.leads_node and place.node == view.coordinator:
+                    ask_once(memory, "begin")
+
+            outcomes = team.attempt(enter)
+            if not any(outcome.error == StaleEpoch.__name__ for outcome in outcomes):
+                team.settle(outcomes)
+                team.all(
+                    begin
+                )  # only when all have entered: the coordinator's first message would be refused by one that has not
+                return True
+            heard = [[Survey.from_json(found) for found in told] for told in team.all(ask)]
+        return False
+
+    def _view(self, places: Sequence[Place], restored: Restored, heard: Sequence[Sequence[Survey]]) -> View:
+        found = {survey.member.node: survey for place, told in zip(places, heard, strict=True) for survey in told}
+        ranks: dict[int, list[int]] = {}
+        for rank, place in enumerate(places):
+            ranks.setdefault(place.node, []).append(rank)
+        return View(
             job=self.name,
-            epoch=max(item["epoch"] for item in told) + 1,
-            world=team.world,
-            members=tuple(members[node] for node in sorted(members)),
-            parity=redundancy.parity,
-            group_size=redundancy.group_size,
+            epoch=max(found[node].epoch for node in ranks) + 1,
+            world=len(places),
+            members=tuple(replace(found[node].member, ranks=tuple(ranks[node])) for node in sorted(ranks)),
+            parity=self._settings.redundancy.parity,
+            group_size=self._settings.redundancy.group_size,
             every=self._settings.snapshot_every,
             adaptive=self._settings.snapshot_adaptive,
             checkpoint_every=self._settings.checkpoint_every,
@@ -319,18 +351,20 @@ class Run:
             in_memory=restored.in_memory,
             spilled=restored.checkpoint,
             grace_s=self._settings.grace_s,
-            guests=tuple(Member.from_json(guest) for item in told for guest in item["guests"]),
+            guests=tuple(found[node].member for place in places for node in place.guests),
         )
-        if team.rank == 0 and (view.adaptive or view.checkpoint_adaptive):
-            logger.info("%s: %s; intervals follow from that and what saves cost", self.name, restored.rate.text(team.world))
-        if team.rank == 0 and effective_parity(redundancy.parity, len(members)) < redundancy.parity:
+
+    def _explain(self, view: View, restored: Restored, world: int) -> None:
+        parity = self._settings.redundancy.parity
+        if view.adaptive or view.checkpoint_adaptive:
+            logger.info("%s: %s; intervals follow from that and what saves cost", self.name, restored.rate.text(world))
+        if effective_parity(parity, len(view.members)) < parity:
             logger.warning(
                 "%d node(s) hold this run: snapshots survive a dying trainer, but not %d lost node(s); only checkpoints do",
-                len(members),
-                redundancy.parity,
+                len(view.members),
+                parity,
             )
-
-        if team.rank == 0 and any(member.domain for member in view.members):
+        if any(member.domain for member in view.members):
             for group in view.groups():
                 if not group.survives_domain:
                     logger.warning(
@@ -339,21 +373,6 @@ class Run:
                         group.crowding,
                         group.layout.m,
                     )
-
-        def enter() -> None:
-            if place.leads_node:
-                ask_once(memory, "join", view=view.to_json())
-
-        def begin() -> None:
-            if place.leads_node and place.node == view.coordinator:
-                ask_once(memory, "begin")
-
-        outcomes = team.attempt(enter)
-        if any(outcome.error == StaleEpoch.__name__ for outcome in outcomes):
-            return False
-        raise_first(outcomes)
-        team.all(begin)  # only when all have entered: the coordinator's first message would be refused by one that has not
-        return True
 
     def _start(self, link: Link, rank: int, restored: Restored) -> None:
         self.step = restored.step
@@ -482,16 +501,16 @@ class _Clock:
         self._last = now
 
 
-def team_link(team: Team, memory: Path, env: Environment, nbytes: int) -> Link:
-    """Reserve this rank's slots; when one rank cannot, none goes on."""
-    links: list[Link] = []
-    try:
-        team.all(lambda: links.append(Link(memory, team.rank, env.launch, nbytes)))
-    except HoldfastError:
-        for link in links:
-            link.close()
-        raise
-    return links[0]
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """What the ranks have told each other first: where each stands, what storage knows, and of the attempt before this one."""
+
+    places: list[Place]
+    known: restore.Known
+    attempt: int
+    born_s: float
+    entered_s: float
+    begun: bool
 
 
 def _compare(ranks: list[dict[str, Any]]) -> None:

@@ -48,13 +48,16 @@ class Team:
         self.rank = dist.get_rank() if self.grouped else 0
         self.world = dist.get_world_size() if self.grouped else 1
 
-    def gather(self, data: bytes) -> list[bytes]:
-        """What every rank gave, in the order of ranks. Blocks until all have."""
+    def gather(self, data: bytes, *, room_nbytes: int = SHORT_NBYTES) -> list[bytes]:
+        """What every rank gave, in the order of ranks. Blocks until all have.
+
+        `room_nbytes`, the same on all ranks, is what fits into one collective; what is longer takes a second.
+        """
         if self.world == 1:
             return [data]
-        first = self._all_gather(_SIZE.pack(len(data)) + data[:SHORT_NBYTES], _SIZE.size + SHORT_NBYTES)
+        first = self._all_gather(_SIZE.pack(len(data)) + data[:room_nbytes], _SIZE.size + room_nbytes)
         sizes = [_SIZE.unpack_from(part)[0] for part in first]
-        if max(sizes) <= SHORT_NBYTES:
+        if max(sizes) <= room_nbytes:
             return [part[_SIZE.size : _SIZE.size + size] for part, size in zip(first, sizes, strict=True)]
         return [part[:size] for part, size in zip(self._all_gather(data, max(sizes)), sizes, strict=True)]
 
@@ -65,8 +68,8 @@ class Team:
         dist.all_gather(parts, mine)
         return [part.cpu().numpy().tobytes() for part in parts]
 
-    def attempt(self, action: Callable[[], Any]) -> list[Outcome]:
-        """Every rank does its part; all learn how each fared. Values have to be plain JSON."""
+    def attempt(self, action: Callable[[], Any], *, room_nbytes: int = SHORT_NBYTES) -> list[Outcome]:
+        """Every rank does its part; all learn how each fared. Values have to be plain JSON, or bytes."""
         try:
             mine: dict[str, Any] = {"value": action()}
         except (HoldfastError, OSError) as error:
@@ -74,11 +77,11 @@ class Team:
             mine = {"error": type(error).__name__, "message": str(error), "node": getattr(error, "node", None)}
         else:
             self._error = None
-        return [Outcome(**json.loads(item)) for item in self.gather(json.dumps(mine).encode())]
+        return [_outcome(item) for item in self.gather(_packed(mine), room_nbytes=room_nbytes)]
 
-    def all(self, action: Callable[[], Any]) -> list[Any]:
+    def all(self, action: Callable[[], Any], *, room_nbytes: int = SHORT_NBYTES) -> list[Any]:
         """Every rank's value; when one failed, it raises its own error and the others say whose it was."""
-        return self.settle(self.attempt(action))
+        return self.settle(self.attempt(action, room_nbytes=room_nbytes))
 
     def settle(self, outcomes: list[Outcome]) -> list[Any]:
         """The values of the attempt just made, or its errors raised."""
@@ -88,6 +91,16 @@ class Team:
             if outcome.error:
                 raise ClusterError(f"rank {rank} stopped the start with {outcome.error}: {outcome.message}")
         return [outcome.value for outcome in outcomes]
+
+
+def _packed(fared: dict[str, Any]) -> bytes:
+    """Bytes as they are behind a B, all else as JSON, which begins with a brace."""
+    value = fared.get("value")
+    return b"B" + value if isinstance(value, bytes) else json.dumps(fared).encode()
+
+
+def _outcome(data: bytes) -> Outcome:
+    return Outcome(data[1:]) if data[:1] == b"B" else Outcome(**json.loads(data))
 
 
 def _device() -> torch.device:

@@ -6,25 +6,21 @@ waits there for the death of the trainer whose place it would take.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import runpy
-import signal
 import sys
 from pathlib import Path
 
 from holdfast.elastic import post
-from holdfast.environment import Berth
+from holdfast.environment import Berth, die_with
 from holdfast.errors import ConfigError
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str]) -> None:
     berth = Berth.read()
     if berth is None:
         raise ConfigError("this is started by holdfast.elastic.run; run `torchrun … -m holdfast.elastic.run train.py`")
-    _die_with(berth.launcher)
+    die_with(berth.launcher)  # a trainer without its launcher would be seen by nobody
     post.active = line = post.Post(berth)
 
     from holdfast.elastic import communicator
@@ -54,13 +50,6 @@ def _run(arguments: list[str]) -> None:
         sys.argv = arguments
         sys.path[0] = str(Path(arguments[0]).resolve().parent)
         runpy.run_path(arguments[0], run_name="__main__")
-
-
-def _die_with(launcher: int) -> None:
-    """A trainer without its launcher would be seen by nobody."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:
-        os._exit(1)
 
 
 def _warm_up() -> None:

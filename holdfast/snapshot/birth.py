@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 import socket
+import struct
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,8 @@ ENDPOINT = "keeper.json"
 SOCKET = "keeper.sock"
 LOCK = "keeper.lock"
 LOCK_PATIENCE_S = 15.0
+CRADLE_PATIENCE_S = 5.0
+_PEER = struct.Struct("3i")
 
 
 def only_one(memory: Path) -> int:
@@ -110,3 +114,40 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+# -- born of a process that waits (cradle.py) --------------------------------------------------------------------------------
+
+
+class Born:
+    """A keeper that a cradle has started: somebody else's child, of which it is known only whether it is alive."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and not is_alive(self.pid):
+            self.returncode = 1
+        return self.returncode
+
+
+def ask_cradle(address: str, arguments: list[str], log: Path, environ: Mapping[str, str]) -> Born | None:
+    """Have a keeper started with these arguments of `host`; None where no cradle of ours answers at `address`."""
+    wanted = {"arguments": arguments, "log": str(log), "environ": dict(environ), "cwd": os.getcwd()}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(CRADLE_PATIENCE_S)
+            sock.connect(f"\0{address}")
+            if user_of(sock) != os.getuid():
+                return None
+            sock.sendall(json.dumps(wanted).encode() + b"\n")
+            with sock.makefile() as answer:
+                return Born(int(answer.readline()))
+    except (OSError, ValueError):
+        return None
+
+
+def user_of(sock: socket.socket) -> int:
+    """Anybody on this host may use a name in the kernel."""
+    return int(_PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1])

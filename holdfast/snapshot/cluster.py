@@ -24,7 +24,7 @@ from typing import IO, Any
 
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
-from holdfast.snapshot.birth import holds_lock
+from holdfast.snapshot.birth import Born, ask_cradle, holds_lock
 from holdfast.snapshot.client import Endpoint, connect
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
@@ -36,6 +36,7 @@ RAY_RESTART_S = 30.0
 ANSWER_S = 5.0
 SILENCE_S = 20.0
 """A keeper that lives and leaves the simplest question unanswered for so long hangs."""
+Starting = subprocess.Popen[bytes] | Born
 OBJECT_STORE_NBYTES = 80 * 2**20  # near Ray's minimum: no payload of ours ever goes through its object store
 
 
@@ -51,10 +52,13 @@ def known_nodes(memory: Path, job: str) -> list[int]:
     return sorted(int(place.name.removeprefix("node-")) for place in (home(memory) / job).glob("node-*"))
 
 
-def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+def ensure_keepers(
+    job: str, nodes: list[int], memory: Path, *, kind: str, ray_address: str | None, bind: str, cradle: str = ""
+) -> None:
     """See that every one of `nodes` on this host has a keeper that answers; starts what is missing and waits for it.
 
-    `kind` is "ray" or "process". Raises RayUnreachable, KeeperUnreachable or ConfigError.
+    `kind` is "ray" or "process"; `cradle` is where processes are asked for first. Raises RayUnreachable, KeeperUnreachable or
+    ConfigError.
     """
     if kind not in ("ray", "process"):
         raise ConfigError(f"keepers can be 'ray' actors or a plain 'process'; {kind!r} is neither")
@@ -66,11 +70,11 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
             _end_if_it_hangs(node, places[node])
         if missing:
             sweep(home(memory), but=job)
-        started: dict[int, subprocess.Popen[bytes]] = {}
+        started: dict[int, Starting] = {}
         if missing and kind == "ray":
             _start_in_ray(job, [(node, str(places[node])) for node in missing], ray_address, bind)
         elif missing:
-            started = {node: _start_process(job, node, places[node], bind) for node in missing}
+            started = {node: _start_process(job, node, places[node], bind, cradle) for node in missing}
         deadline = time.monotonic() + STARTUP_TIMEOUT_S
         try:
             for node in missing:
@@ -80,7 +84,9 @@ def ensure_keepers(job: str, nodes: list[int], memory: Path, *, kind: str, ray_a
                 _let_go(process)
 
 
-def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str) -> None:
+def revive_keeper(
+    job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str, cradle: str = ""
+) -> None:
     """See that the keeper of `node`, which has died or hangs, answers again. Ray restarts its actors and is given time to."""
     _end_if_it_hangs(node, node_memory(memory, job, node))
     deadline = time.monotonic() + RAY_RESTART_S
@@ -88,7 +94,7 @@ def revive_keeper(job: str, node: int, memory: Path, *, kind: str, ray_address: 
         if _answers(node_memory(memory, job, node)):
             return
         time.sleep(0.2)
-    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind)
+    ensure_keepers(job, [node], memory, kind=kind, ray_address=ray_address, bind=bind, cradle=cradle)
 
 
 def _check_memory(memory: Path) -> None:
@@ -131,7 +137,7 @@ def _end_if_it_hangs(node: int, place: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen[bytes] | None) -> None:
+def _wait_for(node: int, place: Path, deadline: float, process: Starting | None) -> None:
     while not _answers(place):
         if process is not None and process.poll() is not None:
             error, message = _last_words(_log_of(place.parent.name, node))
@@ -144,7 +150,7 @@ def _wait_for(node: int, place: Path, deadline: float, process: subprocess.Popen
             raise KeeperUnreachable(
                 f"the keeper of node {node} was started and does not answer in {place}; its log is in {runtime_dir()} or in Ray's"
             )
-        time.sleep(0.05)
+        time.sleep(0.01)
 
 
 def _log_of(job: str, node: int) -> Path:
@@ -158,9 +164,13 @@ def _last_words(log: Path) -> tuple[type[HoldfastError] | None, str]:
     return error_named(name), message
 
 
-def _start_process(job: str, node: int, place: Path, bind: str) -> subprocess.Popen[bytes]:
+def _start_process(job: str, node: int, place: Path, bind: str, address: str) -> Starting:
+    arguments = [job, str(node), str(place), bind]
+    born = ask_cradle(address, arguments, _log_of(job, node), _environment()) if address else None
+    if born is not None:
+        return born
     with _log_of(job, node).open("ab") as output:
-        command = [sys.executable, "-m", "holdfast.snapshot.host", job, str(node), str(place), bind]
+        command = [sys.executable, "-m", "holdfast.snapshot.host", *arguments]
         return _start_daemon(command, output, _environment())
 
 
@@ -170,7 +180,7 @@ def _start_daemon(command: list[str], output: IO[bytes], environ: dict[str, str]
     return subprocess.Popen(command, start_new_session=True, env=environ, **streams)
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> None:
+def _let_go(process: Starting) -> None:
     """It is meant to go on without us; Python would warn of a forgotten child when this object goes."""
     process.returncode = 0
 

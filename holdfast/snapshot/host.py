@@ -58,6 +58,7 @@ def main(arguments: list[str]) -> int:
     mapped = os.environ.get("HOLDFAST_TRANSPORT") != "tcp"
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT)
     priority.lower()  # only now that everything is imported: somebody waits for the keeper
+    priority.hurry()
     arm_faults(node)
     built: list[Keeper] = []
     told = threading.Event()

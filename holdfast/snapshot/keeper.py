@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 UNLOCKED = frozenset({"parity", "spill", "pulses"})
 """Verbs of an epoch that move many bytes or compare many ranks; they guard themselves. All others run while nothing changes."""
 
-URGENT = {"attach", "survey", "tables", "join", "begin", "rebuild", "check", "share", "decode"}
+URGENT = {"ping", "attach", "survey", "tables", "join", "begin", "rebuild", "check", "share", "decode"}
 """Trainers stand still until these are answered."""
 
 NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})

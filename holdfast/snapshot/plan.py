@@ -22,6 +22,7 @@ class SlotFound:
     step: int
     world: int
     state: SlotState
+    meta_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,8 @@ class Survey:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Survey:
         slots = tuple(
-            SlotFound(s["rank"], s["index"], s["epoch"], s["step"], s["world"], SlotState(s["state"])) for s in fields["slots"]
+            SlotFound(s["rank"], s["index"], s["epoch"], s["step"], s["world"], SlotState(s["state"]), s["meta_nbytes"])
+            for s in fields["slots"]
         )
         groups = tuple(GroupRecord.from_json(group) for group in fields["groups"])
         return cls(Member.from_json(fields["member"]), fields["epoch"], slots, groups)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.arrays import Box, Fragment, FragmentTable, rank_name
+from holdfast.arrays import Box, Fragment, FragmentTable, rank_name, specs_of
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, LayoutMismatch
 from holdfast.snapshot.capture_plan import slot_view, view_of
@@ -27,10 +27,12 @@ class SlotSource:
     def __init__(self, plan: RestorePlan, members: Iterable[Member], table: FragmentTable, *, host: str) -> None:
         self._plan = plan
         self._readers = {member.node: SlotReader(member, mapped=member.host == host) for member in members}
+        self._scratch = memoryview(b"")
+        rows = list(table)
         self._by_array: dict[str, list[Fragment]] = {}
-        for row in table:
+        for row in rows:
             self._by_array.setdefault(row.array, []).append(row)
-        self.specs = table.specs()
+        self.specs = specs_of(rows)
 
     def load(self, item: Held, rank: int) -> int:
         """Fill the local part of an array; returns the bytes read. Raises CorruptData or LayoutMismatch."""
@@ -56,9 +58,10 @@ class SlotSource:
 
     def _copy(self, row: Fragment, common: Box, out: torch.Tensor) -> int:
         node = self._plan.holders[row.rank]
-        scratch = memoryview(bytearray(row.nbytes))
-        name = slot_name(row.rank, self._plan.index)
-        data = self._readers[node].read(name, self._plan.epoch, self._plan.step, row.slot_offset, row.nbytes, scratch)
+        reader, name = self._readers[node], slot_name(row.rank, self._plan.index)
+        if not reader.mapped and len(self._scratch) < row.nbytes:
+            self._scratch = memoryview(bytearray(row.nbytes))
+        data = reader.read(name, self._plan.epoch, self._plan.step, row.slot_offset, row.nbytes, self._scratch)
         found = crc32c(data)
         if found != row.crc32c:
             raise DamagedSlot(

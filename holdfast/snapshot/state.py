@@ -59,6 +59,26 @@ class Held:
         return self.placement.spec.name
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What modules and optimizers held when they were last looked at; `looks` are what may change of a tensor that stays."""
+
+    signature: tuple[int, ...]
+    held: tuple[Held, ...]
+    looks: tuple[Any, ...]
+
+    def is_current(self, signature: tuple[int, ...]) -> bool:
+        return (
+            self.signature == signature
+            and all(item.is_current() for item in self.held)
+            and self.looks == tuple(_look_of(item.tensor) for item in self.held)
+        )
+
+
+def _look_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.device, tensor.requires_grad
+
+
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that holds this rank's bytes, without a copy and without autograd."""
     with torch.no_grad():
@@ -79,6 +99,7 @@ class TrackedState:
         self.others = {n: item for n, item in objects.items() if n not in self.modules and n not in self.optimizers}
         self.replicated = replicated(self.modules.values())
         self._named: dict[str, dict[int, tuple[str, Placement]]] = {}
+        self._known: _Known | None = None
         self.others_have_arrays = False
         """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
         self._large: dict[str, torch.Tensor] = {}
@@ -88,9 +109,17 @@ class TrackedState:
     # -- reading --
 
     def held(self) -> list[Held]:
-        """Every array as this rank holds it at this moment. Call between steps; raises StateError when two share a name."""
+        """Every array as this rank holds it at this moment. Call between steps; raises StateError when two share a name.
+
+        Looking at every tensor takes as long as restoring it, so what was found last is kept for as long as it is the same.
+        """
+        signature, known, others = self.signature(), self._known, list(self._of_others())
+        if known is not None and known.is_current(signature) and not others:
+            return list(known.held)
         self._named.clear()
-        found = [*self._of_modules(), *self._of_optimizers(), *self._of_others()]
+        self._known = None
+        own = [*self._of_modules(), *self._of_optimizers()]
+        found = own + others
         names = {item.name for item in found}
         if len(names) != len(found):
             twice = next(item.name for item in found if sum(item.name == other.name for other in found) > 1)
@@ -99,6 +128,7 @@ class TrackedState:
             inner = next((parent for parent in _parents(name) if parent in names), None)
             if inner is not None:
                 raise StateError(f"{inner!r} is an array and cannot also be the folder of {name!r}; rename one of the two")
+        self._known = _Known(signature, tuple(own), tuple(_look_of(item.tensor) for item in own))
         return found
 
     def signature(self) -> tuple[int, ...]:
@@ -305,12 +335,15 @@ class TrackedState:
 
     def _create_state(self, name: str, optimizer: Optimizer, stored: Mapping[str, ArraySpec]) -> None:
         names = self._names(name, optimizer)
+        kept: dict[str, list[tuple[str, ArraySpec]]] = {}
+        for array, spec in stored.items():
+            of, _, key = array.rpartition("/")
+            if "@" not in key:
+                kept.setdefault(of, []).append((key, spec))
         for group in optimizer.param_groups:
             for param in group["params"]:
-                prefix = f"{name}/{names[id(param)][0]}/"
-                for array, spec in stored.items():
-                    key = array.removeprefix(prefix)
-                    if key != array and "/" not in key and "@" not in key and key not in optimizer.state[param]:
+                for key, spec in kept.get(f"{name}/{names[id(param)][0]}", ()):
+                    if key not in optimizer.state[param]:
                         optimizer.state[param][key] = _empty_state(param, key, spec, group)
 
     # -- other objects --

@@ -7,6 +7,7 @@ page gone stale and its slot files replaced, and whatever it asks for carries an
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -43,13 +44,18 @@ class Trainers:
         # The page first: a predecessor that wakes up between the two must not take the new slots for its own.
         self._replace_page(rank)
         crash_point("keeper.attaching")
+        former = self._attached.get(rank)
+        # Where not even the one who asks can be seen, in containers that share memory only, nobody's end can.
+        may_be_written = former is not None and former["pid"] != pid and (_exists(former["pid"]) or not _exists(pid))
         for index in (0, 1):
             name = slot_name(rank, index)
             slot = self._slots.get(name)
-            succeeds = rank in self._attached and self._attached[rank]["pid"] != pid
-            if slot is not None and slot.header.state < SlotState.VERIFIED and succeeds:
-                self._slots.discard(name)  # the predecessor may have it mapped and be about to write into it
-            self._slots.room(name, rank, index, body_nbytes + META_ROOM)
+            if slot is not None and slot.header.state < SlotState.VERIFIED and may_be_written:
+                self._slots.discard(name)  # the predecessor has it mapped and may be about to write into it
+                slot = None
+            # A slot of about the right size is kept: taking and touching memory anew costs more than restoring what is in it.
+            if slot is None or slot.capacity < body_nbytes + META_ROOM // 2:
+                self._slots.room(name, rank, index, body_nbytes + META_ROOM)
         attachment = secrets.token_hex(8)
         self._attached[rank] = {"pid": pid, "launch": launch, "attachment": attachment, "epoch": -1}
         self._connections[rank] = connection
@@ -126,3 +132,14 @@ class Trainers:
                 f"another run named {self._job!r} is alive (its rank {rank} is pid {known['pid']}); give this one another name "
                 "with protect(name=…), or end the other"
             )
+
+
+def _exists(pid: int) -> bool:
+    """Not a bit of the process is left only when it has been waited for; a zombie's threads may still be ending."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

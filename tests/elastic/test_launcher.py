@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import mmap
+import os
 import signal
+import socket
 import threading
 
 import pytest
@@ -15,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.elastic.board import Board, board_address, reach
 from holdfast.elastic.communicator import FORWARDED, SwapGroup
-from holdfast.elastic.post import RestartNeeded
+from holdfast.elastic.post import Post, RestartNeeded
 from holdfast.elastic.run import STRIKES, Record, judge
 from holdfast.environment import Berth
 from holdfast.errors import ClusterError, ConfigError, KeeperUnreachable, StaleEpoch
@@ -127,6 +130,38 @@ def test_a_berth_survives_the_environment():
         berth = Berth("ready", board, "secret", 5, 6, 7, 8)
         assert Berth.read({"HOLDFAST_BERTH": berth.to_text()}) == berth
     assert Berth.read({}) is None
+
+
+@pytest.fixture
+def line():
+    """A spare's line to its launcher, and the launcher's end of it."""
+    ours, theirs = socket.socketpair()
+    pulse, transcript = os.memfd_create("pulse"), os.memfd_create("transcript")
+    os.ftruncate(pulse, mmap.PAGESIZE)
+    post = Post(Berth("ready", "/tmp/b.sock", "secret", theirs.detach(), pulse, transcript, 1))
+    yield post, ours
+    for end in (ours, post._channel):
+        end.close()
+    for fd in (pulse, transcript):
+        os.close(fd)
+
+
+def test_a_spare_waits_to_be_called_and_learns_for_which_epoch(line):
+    post, launcher = line
+    launcher.sendall(b"12\n")
+    assert post.await_call() == 12
+    assert launcher.recv(64) == b"ready\n"
+    assert post.await_call() == 0, "nobody calls a second time"
+
+
+def test_the_first_step_after_each_entry_is_told_and_no_other(line):
+    """Then a spare is started, which would take that step's cores."""
+    post, launcher = line
+    for _ in range(2):
+        post.entered()
+        for step in (1, 2, 3):
+            post.completed(step)
+    assert launcher.recv(4096) == b"running\nstepping\n" * 2
 
 
 # -- what torch has to have --------------------------------------------------------------------------------------------------

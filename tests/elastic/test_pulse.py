@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import holdfast
-from holdfast.elastic.chronicle import Chronicle
+from holdfast.elastic.chronicle import Before, Chronicle, words_here, words_of_all
 from holdfast.elastic.incidents import read_incidents, read_verdicts, write_verdict
 from holdfast.elastic.journal import Begin, Recorder
 from holdfast.elastic.team import Team
@@ -50,7 +50,8 @@ def test_an_incident_tells_what_was_found_before_it(tmp_path):
     write_verdict(records, 1, Verdict(Trouble.HANG, (3,), 0.9, ("it did not come",)))
     file = records / "verdicts" / "000001.log"
     file.write_bytes(file.read_bytes() + b'{"text": "torn')
-    opened = {"objects": {}, "step": 0, "entered_s": 2.0, "recovery": None, "phases": {}}
+    before = Before(1, words_of_all([words_here(records, 1, 0, 1)]), born_s=2.0, entered_s=2.0)
+    opened = {"objects": {}, "step": 0, "entered_s": 2.0, "recovery": None, "phases": {}, "before": before}
     chronicle = Chronicle.open(Team(Environment.read()), job="j", checkpoints=str(tmp_path), **opened)
     chronicle.close(0, None)
     (incident,) = read_incidents(records)

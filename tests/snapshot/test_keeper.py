@@ -387,6 +387,25 @@ def test_the_rank_of_a_dead_run_can_be_taken_over(start: Callable[..., Cluster])
     assert "control" in cluster.ask(0, "attach", rank=0, pid=os.getpid(), launch="second", body_nbytes=100)
 
 
+def test_slots_of_a_dead_trainer_serve_the_next_and_those_of_a_living_one_never(start: Callable[..., Cluster]) -> None:
+    """Who is alive may have them mapped; taking new memory for one that is dead would hold its successor up."""
+    cluster = start(1, parity=0)
+    place = cluster.places[0]
+
+    def attach(pid: int, nbytes: int = 1 << 20) -> list[int]:
+        cluster.ask(0, "attach", rank=0, pid=pid, launch="l", body_nbytes=nbytes)
+        return [(place / f"slot-0-{index}").stat().st_ino for index in (0, 1)]
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    first = attach(gone.pid)
+    gone.wait()
+    assert attach(os.getpid()) == first
+    assert attach(os.getpid(), (1 << 20) + 1000) == first, "a little more than before has room in what was taken to spare"
+    second = attach(os.getppid())
+    assert not {*second} & {*first}, "this process is alive"
+    assert not {*attach(os.getppid(), 3 << 20)} & {*second}, "much more has no room"
+
+
 def test_a_second_keeper_of_the_same_memory_is_refused(start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = start(1, parity=0)
     monkeypatch.setattr(birth, "LOCK_PATIENCE_S", 0.0)

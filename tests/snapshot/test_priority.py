@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.snapshot.priority import hurry_other
+
 SESSION = Path("/proc/self/autogroup")
 
 
@@ -74,6 +76,27 @@ def test_work_that_takes_too_long_is_hurried_until_it_is_done():
         print(session())
     """)
     assert found.split() == ["19"]
+
+
+@pytest.mark.skipif(not SESSION.exists(), reason="this kernel does not share the cores out by session")
+def test_another_process_can_have_it_hurry_before_it_is_asked_and_it_calms_down_by_itself():
+    body = """
+        Priority().lower()
+        print(session(), flush=True)
+        while session() == "19":
+            time.sleep(0.05)
+        print(session(), flush=True)
+        while session() != "19":
+            time.sleep(0.05)
+        print(session(), flush=True)
+    """
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(body)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as nice:
+        assert nice.stdout is not None
+        assert nice.stdout.readline() == "19\n"
+        hurry_other(nice.pid)
+        assert nice.stdout.read() == "0\n19\n"
+    hurry_other(nice.pid)  # nobody is there any more, and nothing is said
 
 
 def test_a_keeper_inside_another_process_leaves_its_priority_alone():

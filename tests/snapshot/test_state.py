@@ -237,6 +237,54 @@ class Average:
         self.value, self.count = state["shadow"]["w"], state["count"]
 
 
+def test_what_is_held_is_looked_at_anew_only_when_something_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrackedState({"model": model, "optim": optimizer})
+    looks: list[int] = []
+    look = state._of_modules
+    monkeypatch.setattr(state, "_of_modules", lambda: looks.append(1) or look())
+
+    def held_anew() -> bool:
+        before = len(looks)
+        fresh = TrackedState({"model": model, "optim": optimizer}).held()
+        assert [(item.placement, item.lazy, id(item.tensor)) for item in state.held()] == [
+            (item.placement, item.lazy, id(item.tensor)) for item in fresh
+        ], "kept or not, it is what is there"
+        return len(looks) > before
+
+    assert not held_anew()
+    model(torch.randn(8, 4)).sum().backward()
+    assert not held_anew()
+    optimizer.step()
+    assert held_anew(), "the optimizer has state now"
+    assert not held_anew()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert held_anew(), "its state is in other tensors"
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert held_anew(), "parameters are other tensors"
+    model.double()
+    assert held_anew(), "the tensors are the same, and hold another type"
+    model[0].weight.requires_grad_(False)
+    optimizer.param_groups[0]["params"] = list(model[1].parameters())
+    assert held_anew(), "the optimizer has other parameters"
+    model[0].weight.requires_grad_(True)
+    assert held_anew(), "what nobody trains may be changed by anybody"
+    model.append(nn.Linear(4, 2))
+    assert held_anew()
+    assert not held_anew()
+
+
+def test_a_name_that_clashes_is_refused_each_time() -> None:
+    model = nn.Linear(2, 2)
+    state = TrackedState({"model": model})
+    model.register_parameter("a/b", nn.Parameter(torch.ones(1)))
+    model.register_parameter("a", nn.Parameter(torch.ones(1)))
+    for _ in range(2):
+        with pytest.raises(StateError, match="cannot also be the folder"):
+            state.held()
+
+
 @pytest.mark.parametrize("rows_there", [200, 300, 100, None], ids=["same", "larger", "smaller", "not made yet"])
 def test_large_tensors_of_plain_objects_come_back_whatever_the_fresh_object_holds(rows_there: int | None) -> None:
     average = Average()
