@@ -65,9 +65,7 @@ def ensure_keepers(
     _check_memory(memory)
     places = {node: node_memory(memory, job, node) for node in nodes}
     with _host_lock():
-        missing = [node for node, place in places.items() if not _answers(place)]
-        for node in missing:
-            _end_if_it_hangs(node, places[node])
+        missing = [node for node, place in places.items() if not _answers(place) and not _comes_to(node, place)]
         if missing:
             sweep(home(memory), but=job)
         started: dict[int, Starting] = {}
@@ -88,7 +86,7 @@ def revive_keeper(
     job: str, node: int, memory: Path, *, kind: str, ray_address: str | None, bind: str, cradle: str = ""
 ) -> None:
     """See that the keeper of `node`, which has died or hangs, answers again. Ray restarts its actors and is given time to."""
-    _end_if_it_hangs(node, node_memory(memory, job, node))
+    _comes_to(node, node_memory(memory, job, node))
     deadline = time.monotonic() + RAY_RESTART_S
     while kind == "ray" and time.monotonic() < deadline:
         if _answers(node_memory(memory, job, node)):
@@ -114,12 +112,15 @@ def _answers(place: Path) -> bool:
     return True
 
 
-def _end_if_it_hangs(node: int, place: Path) -> None:
-    """End the keeper of `place` if it lives and says nothing. Its slots outlive it, and its successor adopts them."""
+def _comes_to(node: int, place: Path) -> bool:
+    """Whether a keeper of `place` that lives and is slow answers after all. One that does not is ended: its slots outlive it, and
+    its successor adopts them."""
     try:
         pid = Endpoint.read(place).pid
     except KeeperUnreachable:
-        return
+        return False
+    if not holds_lock(pid, place):
+        return False
     try:
         connection = connect(place, timeout_s=SILENCE_S)
         try:
@@ -135,6 +136,8 @@ def _end_if_it_hangs(node: int, place: Path) -> None:
                 SILENCE_S,
             )
             os.kill(pid, signal.SIGKILL)
+        return False
+    return _answers(place)  # not one whose run is over
 
 
 def _wait_for(node: int, place: Path, deadline: float, process: Starting | None) -> None:

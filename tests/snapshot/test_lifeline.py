@@ -51,6 +51,17 @@ def test_a_start_ends_a_keeper_that_hangs_and_its_successor_has_the_slots(place:
     assert {path.name: path.stat().st_ino for path in place.glob("slot-*")} == slots
 
 
+def test_a_start_waits_for_a_keeper_that_is_only_slow(place: Path, shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Endpoint.read(place).pid
+    monkeypatch.setattr(cluster, "SILENCE_S", 60.0)
+    os.kill(slow, signal.SIGSTOP)
+    waking = subprocess.Popen(["/bin/sh", "-c", f"sleep 3; kill -CONT {slow}"])
+    cluster.ensure_keepers("job", [0], shm, **HOW)
+    waking.wait()
+    assert Endpoint.read(place).pid == slow
+    assert is_alive(slow)
+
+
 def test_trainers_notice_that_their_keeper_hangs(place: Path, shm: Path) -> None:
     hung = Endpoint.read(place).pid
     eye = Lifeline(place, 0, partial(cluster.revive_keeper, "job", 0, shm, **HOW), lambda: False)
@@ -83,7 +94,7 @@ def test_a_process_that_only_has_a_dead_keepers_number_is_left_alone(place: Path
     try:
         fields = json.loads((place / ENDPOINT).read_text())
         (place / ENDPOINT).write_text(json.dumps({**fields, "pid": other.pid}))
-        cluster._end_if_it_hangs(0, place)
+        assert not cluster._comes_to(0, place)
         assert other.poll() is None
     finally:
         other.kill()
