@@ -35,6 +35,9 @@ STRIKES = 3
 
 NOT_ENTERED = "it had not entered protect() yet"
 
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""For a process that is going to fork: a child has none of the other threads, and whatever they held is held for ever."""
+
 HEAD_START_S = 5.0
 """A spare is started once the trainer has done a step, or after this time: importing torch takes seconds of a core, which the first
 step after a recovery may need."""
@@ -281,7 +284,8 @@ def _start_cradle() -> subprocess.Popen[bytes] | None:
     """One for each host, where keepers are plain processes; Ray starts its own."""
     if os.environ.get("LOCAL_RANK", "0") != "0" or Environment.read().keepers != "process":
         return None
-    return subprocess.Popen([sys.executable, "-m", "holdfast.snapshot.cradle", cradle_name(os.environ), str(os.getpid())])
+    command = [sys.executable, "-m", "holdfast.snapshot.cradle", cradle_name(os.environ), str(os.getpid())]
+    return subprocess.Popen(command, env={**os.environ, **ONE_THREAD})
 
 
 if __name__ == "__main__":

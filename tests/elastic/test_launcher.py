@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import threading
+import time
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from torch._C._distributed_c10d import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from holdfast.elastic.board import Board, board_address, reach
+from holdfast.elastic import run
+from holdfast.elastic.board import Board, board_address, cradle_name, reach
 from holdfast.elastic.communicator import FORWARDED, SwapGroup
 from holdfast.elastic.post import Post, RestartNeeded
 from holdfast.elastic.run import STRIKES, Record, judge
@@ -162,6 +164,27 @@ def test_the_first_step_after_each_entry_is_told_and_no_other(line):
         for step in (1, 2, 3):
             post.completed(step)
     assert launcher.recv(4096) == b"running\nstepping\n" * 2
+
+
+def test_the_first_launcher_of_a_host_holds_a_cradle_and_what_it_forks_has_lost_no_thread(monkeypatch):
+    for name, value in {"HOLDFAST_KEEPERS": "process", "LOCAL_RANK": "1", "MASTER_PORT": str(os.getpid())}.items():
+        monkeypatch.setenv(name, value)
+    assert run._start_cradle() is None
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    cradle = run._start_cradle()
+    assert cradle is not None
+    try:
+        deadline = time.monotonic() + 60
+        with socket.socket(socket.AF_UNIX) as sock:
+            while sock.connect_ex(f"\0{cradle_name(os.environ)}"):
+                assert time.monotonic() < deadline, "no cradle within a minute"
+                time.sleep(0.05)
+        assert os.listdir(f"/proc/{cradle.pid}/task") == [str(cradle.pid)]
+    finally:
+        cradle.kill()
+        cradle.wait()
+    monkeypatch.setenv("HOLDFAST_KEEPERS", "ray")
+    assert run._start_cradle() is None
 
 
 # -- what torch has to have --------------------------------------------------------------------------------------------------
