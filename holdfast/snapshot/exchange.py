@@ -216,7 +216,8 @@ class Decoder:
     """Recomputes what `node` held, piece by piece, from any k blocks of each stripe.
 
     `readers` are the survivors by node, `with_data` those of them whose own bytes of this step are whole, `with_parity` those
-    whose parity is. Raises MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
+    whose parity is. With `check` every piece is checked on its way; without, whoever asks checks what comes of them. Raises
+    MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
     """
 
     def __init__(
@@ -226,10 +227,12 @@ class Decoder:
         readers: Mapping[int, SlotReader],
         with_data: frozenset[int],
         with_parity: frozenset[int],
+        *,
+        check: bool = True,
     ) -> None:
         if not group.parity:
             raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
-        self.group, self._readers = group, readers
+        self.group, self._readers, self.check = group, readers, check
         self._place, self._with_data, self._with_parity = group.position(node), with_data, with_parity
         self._code = ErasureCode(group.layout.k, group.parity)
         self._scratch = [buffer.data for buffer in staggered(group.layout.k + 1, min(PIECE_NBYTES, group.block_nbytes))]
@@ -255,18 +258,10 @@ class Decoder:
         column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
         offset = 0
         with self._hanging_up():
-            for data in pieces(list(sources.values()), self.group.block_nbytes, self._scratch, check=True):
+            for data in pieces(list(sources.values()), self.group.block_nbytes, self._scratch, check=self.check):
                 out = self._reconstruct(column, dict(zip(sources, data, strict=True)))
                 yield offset, out
                 offset += len(out)
-
-    def contradicts(self, stripe: int, offset: int, nbytes: int, rebuilt: memoryview) -> bool:
-        """The rebuilt bytes, used as a source themselves, do not give back a block that a survivor holds."""
-        column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
-        tested, block = sources.popitem()
-        expected = bytes(self._read({tested: block}, offset, nbytes)[tested])
-        have = {column: rebuilt, **self._read(sources, offset, nbytes)}
-        return bytes(self._reconstruct(tested, have)) != expected
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -285,7 +280,7 @@ class Decoder:
         """The same piece of each source, all of them asked for before the first is waited for."""
         with self._hanging_up():
             for block in sources.values():
-                block.of.start(block.base + offset, nbytes, check=True)
+                block.of.start(block.base + offset, nbytes, check=self.check)
             return {
                 index: block.of.finish(block.base + offset, nbytes, self._scratch[place])
                 for place, (index, block) in enumerate(sources.items())

@@ -201,8 +201,9 @@ def test_after_a_lost_node_was_rebuilt_parity_is_the_one_of_the_whole(
     group.keepers[2] = Keeper("job", 2, group.place(2))
     members = [group.keepers[node].member.to_json() for node in (0, 1)]
     group.ask(2, "rebuild", group=record.to_json(), lost=2, survivors=members, with_data=[0, 1], with_parity=[0, 1])
-    group.assert_parity(index)
     group.enter(index=index)
+    wait_until(lambda: group.ask(2, "health")["parity"], "its parity")
+    group.assert_parity(index)
     for offset in (10, 30_000):
         group.change(1, offset, 20)
         group.commit(wait_until)
