@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 ALL_ONES = 0xFFFFFFFF
+SHORT = 4096
 ONE = 1 << 31  # the polynomial 1; the lowest power is the highest bit
 
 
@@ -38,6 +39,8 @@ def crc32c(buf: Buffer, value: int = 0) -> int:
 
     Reads in place, and releases the GIL with the ISA-L back end.
     """
+    if type(buf) is bytes and len(buf) <= SHORT and google_crc32c.implementation == "c":
+        return int(google_crc32c.extend(_checked(value), buf))  # a line of text: what is done around the CRC is all there is
     data = readable(buf, "buf")
     return _engine()(data, _checked(value)) if data.size else _checked(value)
 
