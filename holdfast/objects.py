@@ -17,11 +17,13 @@ import numpy as np
 
 from holdfast.errors import CorruptData, StateError
 
+_encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+
 
 def encode_object(value: Any, where: str = "object") -> str:
     """`value` as JSON text. Raises StateError naming the path of the first part that has no typed form."""
     try:
-        return json.dumps(_pack(value, where), separators=(",", ":"), allow_nan=False)
+        return _encode(_pack(value, where))
     except RecursionError as error:
         raise StateError(f"{where} is nested too deeply, or contains itself") from error
 

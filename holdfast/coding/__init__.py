@@ -1,7 +1,7 @@
 """Bytes in, bytes out: Reed-Solomon over GF(2^8), stripes, CRC32C, header codec. Knows nothing of torch or Ray."""
 
 from holdfast.coding.buffers import staggered
-from holdfast.coding.crc import crc32c, crc32c_blocks, crc32c_combine, crc32c_xor, crc32c_zeros
+from holdfast.coding.crc import crc32c, crc32c_blocks, crc32c_combine, crc32c_cuts, crc32c_xor, crc32c_zeros
 from holdfast.coding.erasure import ErasureCode
 from holdfast.coding.groups import Group, form_groups
 from holdfast.coding.header import HeaderCodec
@@ -25,6 +25,7 @@ __all__ = [
     "crc32c",
     "crc32c_blocks",
     "crc32c_combine",
+    "crc32c_cuts",
     "crc32c_xor",
     "crc32c_zeros",
     "explain",

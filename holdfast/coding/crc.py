@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, bits reversed
 ALL_ONES = 0xFFFFFFFF
+SHORT = 4096
 ONE = 1 << 31  # the polynomial 1; the lowest power is the highest bit
 
 
@@ -38,6 +39,8 @@ def crc32c(buf: Buffer, value: int = 0) -> int:
 
     Reads in place, and releases the GIL with the ISA-L back end.
     """
+    if type(buf) is bytes and len(buf) <= SHORT and google_crc32c.implementation == "c":
+        return int(google_crc32c.extend(_checked(value), buf))  # a line of text: what is done around the CRC is all there is
     data = readable(buf, "buf")
     return _engine()(data, _checked(value)) if data.size else _checked(value)
 
@@ -53,6 +56,17 @@ def crc32c_blocks(buf: Buffer, nbytes: int) -> np.ndarray[tuple[int], np.dtype[n
     else:
         crcs = (google(data.cut(at, at + nbytes), 0) for at in range(0, data.size, nbytes))
     return np.fromiter(crcs, np.uint32, -(-data.size // nbytes))
+
+
+def crc32c_cuts(buf: Buffer, cuts: Sequence[int]) -> list[int]:
+    """The CRC32C of every run of bytes between one cut and the next; cuts ascend, from 0 on, to the buffer's length at most."""
+    data = readable(buf, "buf")
+    if any(start > stop for start, stop in pairwise((0, *cuts, data.size))):
+        raise ConfigError(f"cuts have to ascend within 0 … {data.size}")
+    engine, library = _engine(), isal.load()
+    if library is not None and engine == library.crc32c and data.size <= LARGEST_CALL:
+        return library.crc32c_cuts(data, cuts)
+    return [engine(data.cut(start, stop), 0) if start < stop else 0 for start, stop in pairwise(cuts)]
 
 
 def crc32c_combine(a: int, b: int, len_b: int) -> int:
@@ -110,14 +124,26 @@ def is_correct(engine: Callable[[Region, int], int]) -> bool:
 
 
 def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials modulo the CRC's."""
-    product = 0
-    while b:
-        if b & ONE:
-            product ^= a
-        a = a >> 1 ^ (POLYNOMIAL if a & 1 else 0)
-        b = b << 1 & ALL_ONES
+    """The product of two polynomials modulo the CRC's: four powers of x at a time, from the highest, which is the lowest bit."""
+    a1 = a >> 1 ^ (POLYNOMIAL if a & 1 else 0)
+    a2 = a1 >> 1 ^ (POLYNOMIAL if a1 & 1 else 0)
+    a3 = a2 >> 1 ^ (POLYNOMIAL if a2 & 1 else 0)
+    low, high = (0, a3, a2, a2 ^ a3), (0, a1, a, a ^ a1)
+    times = [one ^ other for one in high for other in low]
+    product = times[b & 15]
+    for shift in (4, 8, 12, 16, 20, 24, 28):
+        product = product >> 4 ^ _FOUR_STEPS[product & 15] ^ times[b >> shift & 15]
     return product
+
+
+def _four_steps(value: int) -> int:
+    """What the lowest four bits become when a polynomial is multiplied with x^4."""
+    for _ in range(4):
+        value = value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
+    return value
+
+
+_FOUR_STEPS = [_four_steps(value) for value in range(16)]
 
 
 @lru_cache(maxsize=4096)

@@ -12,6 +12,7 @@ import logging
 import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,11 @@ class Isal:
 
     def __str__(self) -> str:
         return f"ISA-L ({self.path}{', ' + self.pinned if self.pinned else ''})"
+
+    def crc32c_cuts(self, data: Region, cuts: Sequence[int]) -> list[int]:
+        """The CRC of every run between one cut and the next, none of which is longer than LARGEST_CALL."""
+        call, start = self._crc32_iscsi, data.address
+        return [call(start + low, high - low, CRC_INVERT) ^ CRC_INVERT for low, high in pairwise(cuts)]
 
     def kernel(self, matrix_RC: Bytes) -> IsalKernel:
         rows, columns = matrix_RC.shape

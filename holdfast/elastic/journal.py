@@ -125,7 +125,7 @@ class Recorder:
 
     def __init__(self, place: Path, begin: Begin, *, fsync_every_s: float | None = 1.0) -> None:
         self._fsync_every_s = fsync_every_s
-        self._dirty, self._closed = threading.Event(), threading.Event()
+        self._dirty, self._closed = False, threading.Event()
         self._file: int | None = None
         self.path = journal_path(place, begin.attempt, begin.rank)
         try:
@@ -144,7 +144,6 @@ class Recorder:
         """The last line; flushed and closed."""
         self._write({"end": round(time.time(), 4), "step": step, "why": why})
         self._closed.set()
-        self._dirty.set()
         if self._file is not None:
             file, self._file = self._file, None
             try:
@@ -164,15 +163,14 @@ class Recorder:
                 os.fsync(self._file)
         except OSError as error:
             self._give_up(error)
-        self._dirty.set()
+        self._dirty = True  # looked at by the thread: waking it up would cost the step more than its line
 
     def _flush_often(self) -> None:
         while not self._closed.wait(self._fsync_every_s):
-            self._dirty.wait()
-            self._dirty.clear()
+            dirty, self._dirty = self._dirty, False
             file = self._file
             try:
-                if file is not None:
+                if file is not None and dirty:
                     os.fsync(file)
             except OSError as error:
                 if not self._closed.is_set():
@@ -187,8 +185,11 @@ class Recorder:
             self._file = None
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def encode_line(value: Any) -> bytes:
-    text = json.dumps(value, separators=(",", ":")).encode()
+    text = _encode(value).encode()
     return b"%b\t%08x\n" % (text, crc32c(text))
 
 

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,8 @@ class Shot:
     step: int
     index: int
     plan: CapturePlan
-    eager: list[tuple[Part, torch.Tensor]]
+    eager: list[tuple[tuple[Part, ...], torch.Tensor]]
+    """Copies of what may change before the next step; of several numbers in one tensor."""
     versions: dict[int, int]
     objects: dict[str, str]
     rng: dict[str, Any]
@@ -79,6 +80,11 @@ class Shot:
     """What is to be compared with the other replicas, and its versions when the capture began."""
     portion_versions: Mapping[str, int] = field(default_factory=dict)
     started: float = field(default_factory=time.perf_counter)
+
+    def copies(self) -> Iterator[tuple[Part, torch.Tensor]]:
+        """What was copied at once, part by part."""
+        for parts, copy in self.eager:
+            yield from zip(parts, copy.unbind() if len(parts) > 1 else [copy], strict=True)
 
 
 class Capturer:
@@ -150,10 +156,8 @@ class Capturer:
         if self.state.others_have_arrays:
             plan = self._new_plan(self.state.signature())
         # Copied where they are: a copy to the host would wait for everything that the GPU has still to do.
-        eager = [
-            (part, source_of(part).clone(memory_format=torch.contiguous_format)) for part in plan.parts if not part.held.lazy
-        ]
-        ready = self._device.mark(part.held.tensor for part in plan.parts)
+        eager = [(parts, copy_of(parts)) for parts in plan.eager]
+        ready = self._device.mark(plan.tensors)
         portion = () if ready is not None else self._next_portion()
         changed_by = [*(batch.owner for batch in plan.batches), *(piece.owner for piece in portion)]
         self._gates = {owner: _Gate() for owner in changed_by}
@@ -284,7 +288,7 @@ class Capturer:
             if changed is not None:
                 return changed
             shot.gates[batch.owner].open.set()
-        for part, copy in shot.eager:
+        for part, copy in shot.copies():
             _copy_bytes(copy, body, part)
         return None
 
@@ -294,6 +298,14 @@ class Capturer:
             self._sums.append((shot.step, replicas.sums(shot.portion, shot.portion_versions)))
         for owner in shot.gates.keys() - {batch.owner for batch in shot.plan.batches}:
             shot.gates[owner].open.set()
+
+
+def copy_of(parts: tuple[Part, ...]) -> torch.Tensor:
+    """One part by itself, or several numbers of one type side by side, in one call."""
+    if len(parts) == 1:
+        return source_of(parts[0]).clone(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        return torch.stack([part.held.tensor for part in parts])
 
 
 def _copy_bytes(source: torch.Tensor, body: memoryview, part: Part) -> None:
@@ -309,7 +321,7 @@ def _copy_bytes(source: torch.Tensor, body: memoryview, part: Part) -> None:
 
 
 def _versions(plan: CapturePlan) -> dict[int, int]:
-    return {id(part.held.tensor): part.held.tensor._version for part in plan.parts}
+    return {id(tensor): tensor._version for tensor in plan.lazy}
 
 
 def _changed(parts: Iterable[Part], shot: Shot, body: memoryview) -> str | None:

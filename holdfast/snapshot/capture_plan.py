@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -52,7 +54,32 @@ class CapturePlan:
     """What the copy thread copies, in the order in which it is going to be changed."""
 
     def is_current(self, signature: tuple[int, ...]) -> bool:
-        return self.signature == signature and all(part.held.is_current() for part in self.parts)
+        return self.signature == signature and all(home.get(key) is tensor for home, key, tensor in self._homes)
+
+    @cached_property
+    def _homes(self) -> tuple[tuple[dict[Any, Any], Any, torch.Tensor], ...]:
+        return tuple((*part.held.home, part.held.tensor) for part in self.parts if part.held.home is not None)
+
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that are copied."""
+        return tuple(part.held.tensor for part in self.parts)
+
+    @cached_property
+    def lazy(self) -> tuple[torch.Tensor, ...]:
+        """Those that are copied while training goes on."""
+        return tuple(part.held.tensor for part in self.parts if part.held.lazy)
+
+    @cached_property
+    def eager(self) -> tuple[tuple[Part, ...], ...]:
+        """What is copied at once. Lone numbers of one type go together: an optimizer counts its steps for each parameter."""
+        found: dict[Any, list[Part]] = {}
+        for place, part in enumerate(self.parts):
+            if not part.held.lazy:
+                tensor = part.held.tensor
+                alone = type(tensor) is not torch.Tensor or tensor.dim() > 0 or tensor.device.type != "cpu"
+                found.setdefault(place if alone else tensor.dtype, []).append(part)
+        return tuple(map(tuple, found.values()))
 
 
 Owners = Mapping[int, tuple[int, int]]

@@ -34,6 +34,8 @@ class DeviceCopies:
 
     def mark(self, tensors: Iterable[torch.Tensor]) -> torch.cuda.Event | None:
         """An event after all work that was given to the current stream so far; None when no tensor is on a GPU."""
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return None
         device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
         if device is None:
             return None
@@ -63,7 +65,7 @@ class DeviceCopies:
                 event.record(self._stream)
                 gate.event, gate.device = event, self._stream.device
                 gate.open.set()
-            for part, clone in shot.eager:
+            for part, clone in shot.copies():
                 _issue(part, clone, body)
         self._stream.synchronize()
         for part, sample in taken:

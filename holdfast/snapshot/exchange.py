@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from holdfast.coding import ErasureCode, crc32c, staggered
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot.slots import Slot
@@ -130,7 +132,7 @@ class NodeBytes:
         return self.finish(offset, nbytes, scratch)
 
     def start(self, offset: int, nbytes: int, *, check: bool) -> None:
-        for _, name, start, count in self.parts(offset, nbytes):
+        for _, name, start, count in () if self.reader.mapped else self.parts(offset, nbytes):
             self.reader.start(name, self._group.epoch, self._group.step, start, count, check=check)
 
     def finish(self, offset: int, nbytes: int, scratch: memoryview) -> memoryview:
@@ -138,12 +140,15 @@ class NodeBytes:
         if len(parts) == 1 and parts[0][3] == nbytes:
             _, name, start, count = parts[0]
             return self._finish(name, start, count, scratch)
-        out = scratch[:nbytes]
-        out[:] = bytes(nbytes)
-        spare = memoryview(bytearray(nbytes))
+        at = 0
         for place, name, start, count in parts:
-            out[place : place + count] = self._finish(name, start, count, spare)
-        return out
+            _clear(scratch[at:place])
+            at = place + count
+            data = self._finish(name, start, count, scratch[place:at])
+            if self.reader.mapped:  # else they have landed there
+                scratch[place:at] = data
+        _clear(scratch[at:nbytes])
+        return scratch[:nbytes]
 
     def _finish(self, name: str, start: int, nbytes: int, scratch: memoryview) -> memoryview:
         return self.reader.finish(name, self._group.epoch, self._group.step, start, nbytes, scratch)
@@ -160,6 +165,11 @@ class NodeBytes:
             if start < stop:
                 yield start - offset, slot_name(record.rank, self._group.index), start - base, stop - start
             base += stride(record)
+
+
+def _clear(view: memoryview) -> None:
+    if len(view):
+        np.frombuffer(view, np.uint8)[:] = 0
 
 
 class Parity:
@@ -216,7 +226,8 @@ class Decoder:
     """Recomputes what `node` held, piece by piece, from any k blocks of each stripe.
 
     `readers` are the survivors by node, `with_data` those of them whose own bytes of this step are whole, `with_parity` those
-    whose parity is. Raises MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
+    whose parity is. With `check` every piece is checked on its way; without, whoever asks checks what comes of them. Raises
+    MissingData when a stripe has fewer than k blocks left. Not for two threads at once.
     """
 
     def __init__(
@@ -226,10 +237,12 @@ class Decoder:
         readers: Mapping[int, SlotReader],
         with_data: frozenset[int],
         with_parity: frozenset[int],
+        *,
+        check: bool = True,
     ) -> None:
         if not group.parity:
             raise MissingData(f"step {group.step}: node {node} was kept without parity and cannot be rebuilt")
-        self.group, self._readers = group, readers
+        self.group, self._readers, self.check = group, readers, check
         self._place, self._with_data, self._with_parity = group.position(node), with_data, with_parity
         self._code = ErasureCode(group.layout.k, group.parity)
         self._scratch = [buffer.data for buffer in staggered(group.layout.k + 1, min(PIECE_NBYTES, group.block_nbytes))]
@@ -255,18 +268,10 @@ class Decoder:
         column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
         offset = 0
         with self._hanging_up():
-            for data in pieces(list(sources.values()), self.group.block_nbytes, self._scratch, check=True):
+            for data in pieces(list(sources.values()), self.group.block_nbytes, self._scratch, check=self.check):
                 out = self._reconstruct(column, dict(zip(sources, data, strict=True)))
                 yield offset, out
                 offset += len(out)
-
-    def contradicts(self, stripe: int, offset: int, nbytes: int, rebuilt: memoryview) -> bool:
-        """The rebuilt bytes, used as a source themselves, do not give back a block that a survivor holds."""
-        column, sources = wanted(self.group, self._place, stripe)[0], self._sources(stripe)
-        tested, block = sources.popitem()
-        expected = bytes(self._read({tested: block}, offset, nbytes)[tested])
-        have = {column: rebuilt, **self._read(sources, offset, nbytes)}
-        return bytes(self._reconstruct(tested, have)) != expected
 
     def close(self) -> None:
         for reader in self._readers.values():
@@ -285,7 +290,7 @@ class Decoder:
         """The same piece of each source, all of them asked for before the first is waited for."""
         with self._hanging_up():
             for block in sources.values():
-                block.of.start(block.base + offset, nbytes, check=True)
+                block.of.start(block.base + offset, nbytes, check=self.check)
             return {
                 index: block.of.finish(block.base + offset, nbytes, self._scratch[place])
                 for place, (index, block) in enumerate(sources.items())

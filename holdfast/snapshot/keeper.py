@@ -9,6 +9,7 @@ others may read, and the end; each other story has a file of its own:
     lead.py         the coordinator's keeper                    regroup.py    a keeper that died comes back
     preempt.py      told to end: the last snapshot is saved     rescue.py     peers that are gone
     repair.py       what a lost node held is recomputed
+    reprotect.py    … and its parity after it
     watch.py        scrubs, drills, and how many losses are survivable now
     poison.py       snapshots that hold NaN
     diagnosis.py    which rank holds the others up
@@ -44,6 +45,7 @@ from holdfast.snapshot.preempt import Preempt
 from holdfast.snapshot.priority import priority
 from holdfast.snapshot.regroup import Regroup
 from holdfast.snapshot.repair import Repair
+from holdfast.snapshot.reprotect import Reprotect
 from holdfast.snapshot.rescue import Rescue
 from holdfast.snapshot.rounds import Rounds
 from holdfast.snapshot.slots import Slot, SlotState
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 UNLOCKED = frozenset({"parity", "spill", "pulses"})
 """Verbs of an epoch that move many bytes or compare many ranks; they guard themselves. All others run while nothing changes."""
 
-URGENT = {"ping", "attach", "survey", "tables", "join", "begin", "rebuild", "check", "share", "decode"}
+URGENT = {"ping", "attach", "survey", "tables", "join", "begin", "rebuild", "share", "decode"}
 """Trainers stand still until these are answered."""
 
 NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
@@ -92,7 +94,8 @@ class Keeper:
         self.trainers = Trainers(job, memory, self.slots, known)
         self.checkpointed = 0
         self.rounds, self.lead, self.regroup = Rounds(self), Lead(self), Regroup(self)
-        self.preempt, self.rescue, self.repair = Preempt(self), Rescue(self), Repair(self)
+        self.preempt, self.rescue = Preempt(self), Rescue(self)
+        self.repair, self.reprotect = Repair(self), Reprotect(self)
         self.watch, self.poison, self.diagnosis = Watch(self), PoisonGuard(self), Diagnosis(self)
         stories = (self.rounds, self.lead, self.regroup, self.preempt, self.repair, self.watch, self.poison, self.diagnosis)
         parts = (self, *stories)
@@ -199,6 +202,7 @@ class Keeper:
             if not fresh.in_memory:
                 for slot in self.slots.values():
                     slot.update(state=SlotState.EMPTY, step=0, payload_nbytes=0, meta_nbytes=0)
+            self.reprotect.joined(fresh)
             self.trainers.say(ranks, epoch=fresh.epoch, committed=fresh.committed, checkpoint=fresh.spilled)
             self._write_down()
             crash_point("keeper.joined")

@@ -1,21 +1,22 @@
 """What a slot's bytes are, 4 MiB by 4 MiB: their CRCs as they were captured, and which of them differ from the last commit.
 
 The CRCs are made once, in the pass over a filled slot that checksums its fragments. All later questions are answered from
-them: the CRC of a parity block, and what changed since the committed slot beside this one. A keeper that adopted or rebuilt a slot
-has no outline of it; then CRCs are read from the bytes, and nothing is said about changes.
+them: the CRC of a parity block, and what changed since the committed slot beside this one. Where blocks begin and end within a
+cell is known from the last time they were asked for. A keeper that adopted or rebuilt a slot has no outline of it; then CRCs are
+read from the bytes, and nothing is said about changes.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from holdfast.coding import crc32c, crc32c_combine, crc32c_xor, crc32c_zeros
+from holdfast.coding import crc32c, crc32c_combine, crc32c_cuts, crc32c_xor, crc32c_zeros
 from holdfast.errors import MissingData
 from holdfast.snapshot.slots import Slot, SlotState
 
@@ -23,28 +24,43 @@ CELL_NBYTES = 4 << 20
 MANY = 0.5
 """Part of the cells from which on a list of changes is worth nothing: the whole is sent for less."""
 
-_REREAD_NBYTES = 64 << 10
-"""Up to here a second look at bytes that are in the cache costs less than the algebra that would save it."""
+MOST_MARKS = 64
+"""Places within cells that are remembered of a rank's slots; one for each end of a block is enough."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The CRC32C of every CELL_NBYTES of a slot's body at (epoch, step); the last cell ends where the snapshot does."""
+    """The CRC32C of every CELL_NBYTES of a slot's body at (epoch, step); the last cell ends where the snapshot does.
+
+    `marks` are places within cells, each with the CRC of its cell up to there.
+    """
 
     epoch: int
     step: int
     nbytes: int
     crcs: tuple[int, ...]
+    marks: Mapping[int, int] = field(default_factory=dict)
 
     def crc(self, body: memoryview, start: int, stop: int) -> int:
-        """CRC of bytes [start, stop): of whole cells as they were captured, and of the ragged ends as they are now."""
+        """CRC of bytes [start, stop): as they were captured, but for ragged ends without a mark, which are read."""
         first, last = -(-start // CELL_NBYTES), stop // CELL_NBYTES
         if first >= last:
             return crc32c(body[start:stop])
-        value = crc32c(body[start : first * CELL_NBYTES])
+        value = self._from(body, start, first * CELL_NBYTES)
         for cell in range(first, last):
             value = crc32c_combine(value, self.crcs[cell], CELL_NBYTES)
-        return crc32c(body[last * CELL_NBYTES : stop], value)
+        begin = last * CELL_NBYTES
+        if begin < stop == self.nbytes:
+            return crc32c_combine(value, self.crcs[last], stop - begin)
+        if stop in self.marks:
+            return crc32c_combine(value, self.marks[stop], stop - begin)
+        return crc32c(body[begin:stop], value)
+
+    def _from(self, body: memoryview, start: int, stop: int) -> int:
+        """CRC of the end of a cell: what the whole has and the rest before it has not."""
+        if start in self.marks:
+            return crc32c_combine(self.marks[start], self.crcs[start // CELL_NBYTES], stop - start)
+        return crc32c(body[start:stop])
 
     def padded(self, cell: int, nbytes: int) -> int:
         """CRC of the cell with zeros behind it up to `nbytes`: past a snapshot's end parity counts zeros."""
@@ -54,42 +70,33 @@ class Outline:
         return crc32c_combine(value, crc32c_zeros(nbytes - have), nbytes - have) if nbytes > have else value
 
 
-def checksum(body: memoryview, spans: Sequence[tuple[int, int]], nbytes: int) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """What one pass over a body found: the CRC of every span, of every cell, and of the cells up to marks within them."""
+
+    spans: list[int]
+    cells: list[int]
+    marks: dict[int, int]
+
+
+def checksum(body: memoryview, spans: Sequence[tuple[int, int]], nbytes: int, marks: Collection[int] = ()) -> Sums:
     """The CRC of every (offset, nbytes) span and of every cell of body[:nbytes], in one pass. Spans ascend and do not meet."""
-    cells = [0] * -(-nbytes // CELL_NBYTES)
-    found: list[int] = []
-    at = 0
-    for offset, length in spans:
-        _extend(cells, body, at, offset)
-        found.append(_span(cells, body, offset, offset + length))
-        at = offset + length
-    _extend(cells, body, at, nbytes)
-    return found, cells
-
-
-def _span(cells: list[int], body: memoryview, start: int, stop: int) -> int:
-    whole = 0
-    for low, high in _by_cell(start, stop):
-        piece, cell = crc32c(body[low:high]), low // CELL_NBYTES
-        whole = piece if low == start else crc32c_combine(whole, piece, high - low)
-        if low % CELL_NBYTES == 0:
-            cells[cell] = piece
-        elif high - low <= _REREAD_NBYTES:
-            cells[cell] = crc32c(body[low:high], cells[cell])
-        else:
-            cells[cell] = crc32c_combine(cells[cell], piece, high - low)
-    return whole
-
-
-def _extend(cells: list[int], body: memoryview, start: int, stop: int) -> None:
-    for low, high in _by_cell(start, stop):
+    inside = {mark for mark in marks if 0 < mark < nbytes and mark % CELL_NBYTES}
+    ends = (end for offset, length in spans for end in (offset, offset + length))
+    cuts = sorted({0, nbytes, *ends, *inside, *range(0, nbytes, CELL_NBYTES)})
+    found = Sums([0] * len(spans), [0] * -(-nbytes // CELL_NBYTES), {})
+    wanted = iter([(number, *span) for number, span in enumerate(spans) if span[1]])
+    number, offset, length = next(wanted, (-1, nbytes, 0))
+    for (low, high), crc in zip(pairwise(cuts), crc32c_cuts(body[:nbytes], cuts), strict=True):
         cell = low // CELL_NBYTES
-        cells[cell] = crc32c(body[low:high], cells[cell])
-
-
-def _by_cell(start: int, stop: int) -> list[tuple[int, int]]:
-    cuts = [start, *range((start // CELL_NBYTES + 1) * CELL_NBYTES, stop, CELL_NBYTES), stop]
-    return list(pairwise(cuts)) if start < stop else []
+        found.cells[cell] = crc32c_combine(found.cells[cell], crc, high - low) if low % CELL_NBYTES else crc
+        if high in inside:
+            found.marks[high] = found.cells[cell]
+        if low >= offset:
+            found.spans[number] = crc32c_combine(found.spans[number], crc, high - low) if low > offset else crc
+            if high == offset + length:
+                number, offset, length = next(wanted, (-1, nbytes, 0))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +114,7 @@ class Outlines:
     def __init__(self, slots: Mapping[str, Slot]) -> None:
         self._slots = slots
         self._known: dict[str, Outline] = {}
+        self._marks: dict[str, set[int]] = {}
         self._changes: dict[str, tuple[tuple[int, int, int, int], list[Change] | None]] = {}
         self._lock = threading.Lock()
 
@@ -133,8 +141,21 @@ class Outlines:
         touched = [c for c in changes if c.offset < end and offset < c.offset + c.nbytes]
         return {"changed": [[c.offset, c.nbytes, c.crc32c] for c in touched]}
 
+    def marks(self, name: str) -> set[int]:
+        """Places within cells of this slot, or the one beside it, where somebody has asked for the bytes before or after."""
+        with self._lock:
+            return set(self._marks.get(name[:-1], ()))
+
+    def _mark(self, name: str, places: set[int]) -> None:
+        with self._lock:
+            known = self._marks.setdefault(name[:-1], set())
+            if len(known | places) > MOST_MARKS:  # the blocks lie elsewhere by now
+                known.clear()
+            known |= places
+
     def crc(self, slot: Slot, start: int, stop: int) -> int:
         known = self._of(slot)
+        self._mark(slot.path.name, {place for place in (start, stop) if place % CELL_NBYTES})
         return crc32c(slot.body[start:stop]) if known is None else known.crc(slot.body, start, stop)
 
     def changes(self, slot: Slot, base: tuple[int, int]) -> list[Change] | None:

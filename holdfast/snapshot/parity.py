@@ -50,7 +50,7 @@ With a base the bytes are to be XORed into what the row was in that snapshot, an
 
 @dataclass(frozen=True, slots=True)
 class Stripe:
-    """The stripe that one node owns first: where its data lies, and who keeps its parities."""
+    """One stripe: where its data lies, and who keeps its parities."""
 
     group: GroupRecord
     blocks: tuple[Block, ...]
@@ -58,8 +58,8 @@ class Stripe:
     """Nodes by row."""
 
     @classmethod
-    def of(cls, group: GroupRecord, node: int, readers: Mapping[int, SlotReader]) -> Stripe:
-        layout, number = group.layout, group.position(node)
+    def of(cls, group: GroupRecord, number: int, readers: Mapping[int, SlotReader]) -> Stripe:
+        layout = group.layout
         blocks = (Block(bytes_of(group, p, readers), wanted(group, p, number)[1]) for p in layout.data_nodes(number))
         return cls(group, tuple(blocks), tuple(group.records[place].node for place in layout.parity_owners(number)))
 
@@ -80,7 +80,7 @@ def encode_stripe(
 
     `last` is the node's parity slot of the snapshot before; where it fits and little has changed, only changes are read.
     """
-    stripe = Stripe.of(group, node, readers)
+    stripe = Stripe.of(group, group.position(node), readers)
     base = _base(group, last)
     if base is not None and last is not None:
         try:
@@ -97,21 +97,40 @@ def encode_stripe(
 # -- whole -----------------------------------------------------------------------------------------------------------------
 
 
+def encode_row(group: GroupRecord, node: int, row: int, readers: Mapping[int, SlotReader]) -> Iterator[tuple[int, memoryview]]:
+    """(offset, bytes) of one of a node's parity rows, made from the data of the group alone; they are good until the next.
+
+    Ends with CorruptData where it does not fit the CRCs that the data had when it was captured: then what came before is void.
+    """
+    stripe = Stripe.of(group, (group.position(node) - row) % group.layout.stripes, readers)
+    for offset, rows in _encoded(stripe, [0] * group.parity):
+        yield offset, rows[row]
+
+
 def _encode_whole(stripe: Stripe, own: memoryview, forward: Forward) -> int:
+    crcs = [0] * stripe.group.parity
+    for offset, parity in _encoded(stripe, crcs, own):
+        for row in range(1, len(parity)):
+            forward(stripe.owners[row], row, offset, parity[row], None)
+    return crcs[0]
+
+
+def _encoded(stripe: Stripe, crcs: list[int], own: memoryview | None = None) -> Iterator[tuple[int, list[memoryview]]]:
+    """(offset, all parities) piece by piece, row 0 in its place in `own` if there is one; their CRCs grow in `crcs`."""
     k, m, size = len(stripe.blocks), stripe.group.parity, stripe.nbytes
     code, piece = ErasureCode(k, m), min(exchange.PIECE_NBYTES, size)
     scratch = workspace(k + m, piece)
-    crcs, offset = [0] * m, 0
+    offset = 0
     for data in pieces(stripe.blocks, size, scratch, check=False):
         nbytes = len(data[0])
-        parity = [own[offset : offset + nbytes], *(buffer[:nbytes] for buffer in scratch[k + 1 :])]
+        parity = [buffer[:nbytes] for buffer in scratch[k:]]
+        if own is not None:
+            parity[0] = own[offset : offset + nbytes]
         code.encode(data, parity)
-        crcs = [crc32c(row, crc) for row, crc in zip(parity, crcs, strict=True)]
-        for row in range(1, m):
-            forward(stripe.owners[row], row, offset, parity[row], None)
+        crcs[:] = [crc32c(row, crc) for row, crc in zip(parity, crcs, strict=True)]
+        yield offset, parity
         offset += nbytes
     _check(stripe, crcs)
-    return crcs[0]
 
 
 def _check(stripe: Stripe, parity_crcs: list[int]) -> None:

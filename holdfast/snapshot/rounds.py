@@ -246,7 +246,7 @@ class Rounds:
         if not self._keeper.poison.allows(rank, now.step, table, slot.body):
             self._keeper.poison.refuse(now.step, now.number)
             return
-        seal = summed(slot, table, objects, payload_nbytes)
+        seal = summed(slot, table, objects, payload_nbytes, self._keeper.outlines.marks(slot.path.name))
         with self._lock:
             if self.present is not now:
                 return  # another round may be filling this slot by now
@@ -301,7 +301,8 @@ class Rounds:
             if group.parity:
                 self._slots.seal_parity(group, SlotState.ENCODED, now.rows.crcs if now.rows else None)
             for slot in self._slots.of_step(now.step, now.index):
-                slot.update(state=SlotState.ENCODED)
+                if slot.header.state is not SlotState.ENCODED:
+                    slot.update(state=SlotState.ENCODED)
         crash_point("snapshot.encoded")
         with self._lock:
             if self.present is now:
@@ -344,9 +345,7 @@ class Rounds:
         if now.rows is None:
             parity = effective_parity(self._members.current().parity, len(self._members.group_nodes))
             name = parity_name(now.index)
-            self._slots.void(name, now.epoch)
-            self._slots.room(name, -1, now.index, parity * block_nbytes + META_ROOM)
-            self._slots.void(name, now.epoch)
+            self._slots.empty(name, -1, now.index, now.epoch, parity * block_nbytes + META_ROOM)
             now.rows = RowsInFlight(parity, block_nbytes)
         return now.rows
 

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from holdfast.arrays import FragmentTable
 from holdfast.coding import crc32c
 from holdfast.errors import ClusterError
-from holdfast.snapshot.outline import CELL_NBYTES, Outline, checksum
+from holdfast.snapshot.outline import CELL_NBYTES, Outline, Sums, checksum
 from holdfast.snapshot.slots import Meta, Slot, SlotState, aligned
 
 
 @dataclass(frozen=True, slots=True)
 class Seal:
-    """What makes a filled slot a snapshot: the meta that goes behind its payload, and the CRCs of the payload's cells."""
+    """What makes a filled slot a snapshot: the meta that goes behind its payload, and the CRCs of the payload."""
 
     payload_nbytes: int
     meta: bytes
-    cells: tuple[int, ...]
+    sums: Sums
 
 
-def summed(slot: Slot, table: FragmentTable, objects: dict[str, str], payload_nbytes: int) -> Seal:
+def summed(slot: Slot, table: FragmentTable, objects: dict[str, str], payload_nbytes: int, marks: Collection[int] = ()) -> Seal:
     """Read every byte of a filled slot once; nothing is changed yet."""
     rows = [(row.slot_offset, row.nbytes) for row in table]
     order = sorted(range(len(rows)), key=rows.__getitem__)
     crcs = [0] * len(rows)
-    found, cells = checksum(slot.body, [rows[place] for place in order], payload_nbytes)
-    for place, crc in zip(order, found, strict=True):
+    sums = checksum(slot.body, [rows[place] for place in order], payload_nbytes, marks)
+    for place, crc in zip(order, sums.spans, strict=True):
         crcs[place] = crc
     meta = Meta(table.with_crcs(crcs), objects).to_bytes()
     if aligned(payload_nbytes) + len(meta) > slot.capacity:
         raise ClusterError(f"rank {slot.header.rank}: table and objects of {len(meta)} bytes do not fit behind the snapshot")
-    return Seal(payload_nbytes, meta, tuple(cells))
+    return Seal(payload_nbytes, meta, sums)
 
 
 def seal_rank(slot: Slot, seal: Seal, epoch: int, step: int, world: int) -> Outline:
@@ -40,7 +41,7 @@ def seal_rank(slot: Slot, seal: Seal, epoch: int, step: int, world: int) -> Outl
     stop = start + len(seal.meta)
     body[nbytes:start] = bytes(start - nbytes)
     body[start:stop] = seal.meta
-    outline = Outline(epoch, step, stop, _continued(list(seal.cells), body, nbytes, stop))
+    outline = Outline(epoch, step, stop, _continued(list(seal.sums.cells), body, nbytes, stop), seal.sums.marks)
     slot.update(
         state=SlotState.VERIFIED,
         epoch=epoch,

@@ -57,6 +57,14 @@ class NodeSlots(dict[str, Slot]):
         if name in self:
             self[name].update(state=SlotState.FILLING, step=0, epoch=epoch, payload_nbytes=0, meta_nbytes=0)
 
+    def empty(self, name: str, rank: int, index: int, epoch: int, body_nbytes: int) -> Slot:
+        """Slot `name`, void and with room for so much. One that is void already is not written to once more."""
+        for _ in range(2):
+            if name in self and not _is_void(self[name].header, epoch):
+                self.void(name, epoch)
+            self.room(name, rank, index, body_nbytes)
+        return self[name]
+
     def keep_only(self, ranks: Iterable[int]) -> None:
         """Free the slots of all other ranks: they lived here once, and a newer step is committed without them."""
         mine = {slot_name(rank, index) for rank in ranks for index in (0, 1)} | {parity_name(0), parity_name(1)}
@@ -108,6 +116,10 @@ class NodeSlots(dict[str, Slot]):
             for slot in self.of_step(step, index)
             if slot.header.epoch == epoch and (not _rows_are_whole(slot) if slot.header.rank < 0 else _changed(slot))
         ]
+
+
+def _is_void(header: SlotHeader, epoch: int) -> bool:
+    return (header.state, header.step, header.epoch) == (SlotState.FILLING, 0, epoch)
 
 
 def _adopt(memory: Path) -> dict[str, Slot]:

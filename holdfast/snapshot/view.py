@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from typing import Any, Self
 
 from holdfast.coding import Group, RotatingLayout, form_groups
@@ -17,25 +18,38 @@ class _Json:
     """`to_json` and `from_json` for frozen dataclasses of plain values, tuples and other such dataclasses."""
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+        return {name: _plain(getattr(self, name)) for name in _readers(type(self))}  # type: ignore[arg-type]
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Self:
-        hints = typing.get_type_hints(cls)
-        return cls(**{name: _restore(hints[name], value) for name, value in fields.items()})
+        readers = _readers(cls)  # type: ignore[arg-type]
+        return cls(**{name: readers[name](value) for name, value in fields.items()})
 
 
-def _restore(hint: Any, value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value.to_json() if isinstance(value, _Json) else value
+
+
+@cache
+def _readers(of: type[_Json]) -> dict[str, Callable[[Any], Any]]:
+    """By field, what makes its value of one that was JSON. Hints are strings: to read them anew each time would take longer."""
+    hints = typing.get_type_hints(of)
+    return {field.name: _reader(hints[field.name]) for field in dataclasses.fields(of)}  # type: ignore[arg-type]
+
+
+def _reader(hint: Any) -> Callable[[Any], Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if value is None:
-        return None
     if origin in (types.UnionType, typing.Union):
-        return _restore(arguments[0], value)
+        inner = _reader(arguments[0])
+        return lambda value: None if value is None else inner(value)
     if origin is tuple:
-        return tuple(_restore(arguments[0], item) for item in value)
+        item = _reader(arguments[0])
+        return lambda value: tuple(map(item, value))
     if isinstance(hint, type) and issubclass(hint, _Json):
-        return hint.from_json(value)
-    return value
+        return hint.from_json
+    return lambda value: value
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +178,11 @@ class View(_Json):
 
 def groups(members: Sequence[Member], size: int, parity: int) -> tuple[Group, ...]:
     """Groups of `size` nodes spread over domains; what is left over joins the last rather than stand unprotected."""
+    return _groups(tuple(members), size, parity)
+
+
+@lru_cache(maxsize=16)  # asked several times for each snapshot
+def _groups(members: tuple[Member, ...], size: int, parity: int) -> tuple[Group, ...]:
     labels = [member.domain or member.host for member in members]
     # A group of one size holds at most size - 1 parities; more than that is asked of no group.
     found = form_groups(labels, size, min(parity, size - 1))

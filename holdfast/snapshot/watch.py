@@ -36,15 +36,17 @@ SCRUB_NBYTES_PER_S = 128 << 20
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a keeper says of itself: in which epoch it is, what it has committed, and how many slots it could not repair."""
+    """What a keeper says of itself: in which epoch it is, what it has committed, how many slots it could not repair, and whether
+    it has its group's parity of what is committed."""
 
     epoch: int
     committed: int
     damaged: int
+    parity: bool = True
 
     def protects(self, epoch: int) -> bool:
         """Its blocks can be counted on in a rebuild."""
-        return self.epoch == epoch and self.committed > 0 and not self.damaged
+        return self.epoch == epoch and self.committed > 0 and not self.damaged and self.parity
 
 
 def survivable_losses(view: View | None, node: int, known: Mapping[int, Health | None]) -> int:
@@ -86,11 +88,15 @@ class Watch:
     # -- what is known --
 
     def health(self) -> Health:
-        slots = list(self._keeper.slots.values())
-        committed = max((slot.header.step for slot in slots if slot.header.state is SlotState.COMMITTED), default=0)
+        with self._keeper.lock:  # a commit changes data and parity one after the other
+            held = [slot.header for slot in self._keeper.slots.values() if slot.header.state is SlotState.COMMITTED]
+            view = self._members.view
+        committed = max((header.step for header in held), default=0)
         # Damage counts while the slot that has it is the newest: nothing older is what recovery returns to.
         damaged = sum(step == committed for _, step in self._scrubber.damaged)
-        return Health(self._members.epoch, committed, damaged)
+        wanted = view is not None and effective_parity(view.parity, len(view.group_of(self._keeper.node))) > 0
+        parity = not wanted or any(header.rank < 0 and header.step == committed for header in held)
+        return Health(self._members.epoch, committed, damaged, parity)
 
     def survivable_losses(self) -> int:
         own = self.health()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.coding import crc, crc32c, crc32c_blocks, crc32c_combine, crc32c_xor, crc32c_zeros, isal
+from holdfast.coding import crc, crc32c, crc32c_blocks, crc32c_combine, crc32c_cuts, crc32c_xor, crc32c_zeros, isal
 from holdfast.coding.buffers import readable
 from holdfast.errors import ConfigError
 
@@ -57,6 +58,12 @@ def test_every_block_has_the_crc_of_its_bytes(data: bytes, nbytes: int) -> None:
     found = crc32c_blocks(data, nbytes)
     assert found.dtype == np.uint32
     assert found.tolist() == expected
+
+
+@given(st.binary(max_size=2000), st.lists(st.integers(0, 2000), max_size=9))
+def test_every_run_between_two_cuts_has_the_crc_of_its_bytes(data: bytes, places: list[int]) -> None:
+    cuts = sorted(min(place, len(data)) for place in places)
+    assert crc32c_cuts(data, cuts) == [google_crc32c.value(data[start:stop]) for start, stop in pairwise(cuts)]
 
 
 def test_blocks_without_the_library_have_the_same_crcs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +142,9 @@ def test_one_wrong_block_shows_in_the_crc_of_the_xor() -> None:
         (lambda: crc32c_combine(0, 0, -1), "negative"),
         (lambda: crc32c_zeros(-1), "negative"),
         (lambda: crc32c_xor([], 10), "at least one"),
+        (lambda: crc32c_cuts(b"xyz", [0, 2, 1]), "cuts have to ascend within 0 … 3"),
+        (lambda: crc32c_cuts(b"xyz", [0, 4]), "cuts have to ascend within 0 … 3"),
+        (lambda: crc32c_cuts(b"xyz", [-1, 2]), "cuts have to ascend within 0 … 3"),
         (lambda: crc32c_blocks(b"x", 0), "blocks of 0 bytes"),  # type: ignore[arg-type,return-value]
         (lambda: crc32c_blocks(b"x", 2**31), "blocks of 2147483648 bytes"),  # type: ignore[arg-type,return-value]
         (lambda: crc32c_xor([1, 2**40], 10), "no CRC32C"),

@@ -28,7 +28,7 @@ LEAD = ["regroup.fenced", "regroup.joined", "keeper.stopped"]
 END = ["keeper.stopping"]
 SPILL = ["spill.begun", "spill.written"]
 ALONE = ["preempt.saved", "rescue.rebuilt"]  # visited in tests/snapshot/test_last_words.py
-REBUILD = ["rebuild.decoded", "rebuild.checked"]
+REBUILD = ["rebuild.decoded", "rebuild.checked", "rebuild.encoded"]
 
 
 def schedule(job, role: str, place: int, points: list[str], nth: int = 2) -> dict[str, str]:
@@ -116,12 +116,13 @@ def test_the_coordinator_killed_while_a_checkpoint_is_written_leaves_no_half_che
 
 
 def test_a_keeper_killed_while_it_rebuilds_a_lost_node_starts_over(job, references):
-    lost = {"step": 6, "kind": "node", "ranks": [1], "committed": 3}
+    """The second kill leaves data without parity, and a new start has all of it encoded anew; the third comes while training goes
+    on after another loss."""
+    lost = [{"step": step, "kind": "node", "ranks": [1], "committed": step - 3} for step in (6, 12)]
     env = schedule(job, "keeper", 1, REBUILD, nth=1)
-    died = job.run("--nodes", "2", "--die", json.dumps([lost]), restarts=10, **env)
+    died = job.run("--nodes", "2", "--die", json.dumps(lost), restarts=10, **env)
     assert visited(job) == set(REBUILD)
     died.assert_equals(references.of("fsdp", 2))
-    # The last kill came after every byte was rebuilt and sealed, so the next keeper found it whole.
     assert all(facts["recovery"]["step"] >= 3 for facts in died.facts)
 
 

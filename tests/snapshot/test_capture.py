@@ -24,7 +24,7 @@ from holdfast.coding import crc32c
 from holdfast.objects import decode_object
 from holdfast.snapshot import capture as capture_module
 from holdfast.snapshot import replicas
-from holdfast.snapshot.capture import Capturer
+from holdfast.snapshot.capture import Capturer, Shot, copy_of
 from holdfast.snapshot.capture_plan import Part, plan_capture, slot_view, source_of
 from holdfast.snapshot.fence import Fence
 from holdfast.snapshot.replicas import Piece
@@ -720,3 +720,20 @@ def test_every_fragment_of_a_plan_is_aligned_and_apart_from_the_others() -> None
     assert plan.nbytes >= ends
     assert plan.layout == plan_capture(state.held(), 0).layout
     assert plan.layout != plan_capture(state.held(), 1).layout
+
+
+def test_lone_numbers_are_copied_together_by_type_and_each_lands_in_its_place() -> None:
+    model = nn.Module()
+    for place in range(4):
+        model.register_buffer(f"count{place}", torch.tensor(10**15 + place))
+        model.register_buffer(f"ratio{place}", torch.tensor(float("nan") if place == 2 else -0.0))
+    model.register_buffer("row", torch.arange(3.0))
+    plan = plan_capture(TrackedState({"model": model}).held(), 0)
+    assert sorted(map(len, plan.eager)) == [1, 4, 4]
+    shot = Shot(1, 0, plan, [(parts, copy_of(parts)) for parts in plan.eager], {}, {}, {}, None, {})
+    copies = {part.held.name: copy for part, copy in shot.copies()}
+    for name, tensor in model.named_buffers():
+        copy = copies[f"model/{name}"]
+        assert (copy.dtype, copy.shape) == (tensor.dtype, tensor.shape)
+        assert copy.reshape(1, -1).view(torch.uint8).equal(tensor.reshape(1, -1).view(torch.uint8))
+        assert copy.data_ptr() != tensor.data_ptr()

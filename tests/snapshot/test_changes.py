@@ -53,17 +53,31 @@ def test_one_pass_gives_the_crc_of_every_span_and_of_every_cell() -> None:
         body = memoryview(bytearray(chance.randbytes(nbytes)))
         cuts = sorted(chance.sample(range(nbytes + 1), min(nbytes, 2 * chance.randrange(5))))
         spans = [(low, high - low) for low, high in zip(cuts[::2], cuts[1::2], strict=False)]
-        found, cells = checksum(body, spans, nbytes)
-        assert found == [crc32c(body[offset : offset + length]) for offset, length in spans]
-        assert cells == [crc32c(body[start : start + CELL]) for start in range(0, nbytes, CELL)]
+        marks = {chance.randrange(nbytes + 99) for _ in range(3)}
+        found = checksum(body, spans, nbytes, marks)
+        assert found.spans == [crc32c(body[offset : offset + length]) for offset, length in spans]
+        assert found.cells == [crc32c(body[start : start + CELL]) for start in range(0, nbytes, CELL)]
+        within = {mark for mark in marks if 0 < mark < nbytes and mark % CELL}
+        assert found.marks == {mark: crc32c(body[mark // CELL * CELL : mark]) for mark in within}
 
 
 def test_the_crc_of_any_range_follows_from_its_cells() -> None:
     body = memoryview(bytearray(random.Random(2).randbytes(7777)))
-    known = Outline(1, 1, 7777, tuple(checksum(body, [], 7777)[1]))
+    marks = {*range(0, 7777, 666), *range(1, 7777, 1002), 7777}
+    sums = checksum(body, [], 7777, marks)
+    known, bare = (Outline(1, 1, 7777, tuple(sums.cells), at) for at in (sums.marks, {}))
     for start in range(0, 7777, 333):
-        for stop in range(start, 7777, 501):
-            assert known.crc(body, start, stop) == crc32c(body[start:stop])
+        for stop in [*range(start, 7777, 501), 7777]:
+            assert known.crc(body, start, stop) == bare.crc(body, start, stop) == crc32c(body[start:stop])
+
+
+def test_where_there_are_marks_no_byte_is_read_again() -> None:
+    body = memoryview(bytearray(random.Random(2).randbytes(7777)))
+    sums = checksum(body, [], 7777, {1234, 5678})
+    known = Outline(1, 1, 7777, tuple(sums.cells), sums.marks)
+    expected = [crc32c(body[start:stop]) for start, stop in ((1234, 5678), (5678, 7777))]
+    nothing = memoryview(bytearray(7777))
+    assert [known.crc(nothing, 1234, 5678), known.crc(nothing, 5678, 7777)] == expected
 
 
 # -- keepers -----------------------------------------------------------------------------------------------------------------
@@ -80,7 +94,7 @@ def test_a_step_that_is_captured_once_more_is_compared_once_more(shm: Path) -> N
         for place in changed:
             slot.body[place] = 1
         slot.update(state=state, epoch=1, step=step, payload_nbytes=8192)
-        outlines.put(name, Outline(1, step, 8192, tuple(checksum(slot.body, [], 8192)[1])))
+        outlines.put(name, Outline(1, step, 8192, tuple(checksum(slot.body, [], 8192).cells)))
 
     fill("slot-0-0", 1, SlotState.COMMITTED)
     for places in ((100,), (5000, 7000), ()):
@@ -201,8 +215,9 @@ def test_after_a_lost_node_was_rebuilt_parity_is_the_one_of_the_whole(
     group.keepers[2] = Keeper("job", 2, group.place(2))
     members = [group.keepers[node].member.to_json() for node in (0, 1)]
     group.ask(2, "rebuild", group=record.to_json(), lost=2, survivors=members, with_data=[0, 1], with_parity=[0, 1])
-    group.assert_parity(index)
     group.enter(index=index)
+    wait_until(lambda: group.ask(2, "health")["parity"], "its parity")
+    group.assert_parity(index)
     for offset in (10, 30_000):
         group.change(1, offset, 20)
         group.commit(wait_until)

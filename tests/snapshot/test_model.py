@@ -59,11 +59,11 @@ class Snapshots(RuleBasedStateMachine):
     @rule(node=NODES)
     def give_up(self, node: int) -> None:
         """A capture that its rank could not deliver leaves what is committed alone, and another one is asked for."""
-        page = self.nodes.links[node].page
-        wait_until(lambda: page.target[0] > self.nodes.step, "the next step is asked for")
-        step, _, order = page.target
-        self.nodes.links[node].give_up(step, "busy")
-        wait_until(lambda: page.target[2] != order, "another order")
+        pages = {other: link.page for other, link in self.nodes.links.items()}
+        wait_until(lambda: all(page.target[0] > self.nodes.step for page in pages.values()), "the next step is asked for")
+        orders = {other: page.target[2] for other, page in pages.items()}
+        self.nodes.links[node].give_up(pages[node].target[0], "busy")
+        wait_until(lambda: all(page.target[2] != orders[other] for other, page in pages.items()), "another order everywhere")
 
     @precondition(lambda self: self.model)
     @rule(lost=st.sets(NODES, min_size=0, max_size=3))
@@ -82,6 +82,8 @@ class Snapshots(RuleBasedStateMachine):
         assert {node: self.held(plan, node) for node in self.nodes.keepers} == self.model
         self.nodes.data = {node: np.frombuffer(data, np.uint8).copy() for node, data in self.model.items()}
         self.nodes.enter(index=plan.index, protected=plan.protected)
+        for node in lost:
+            wait_until(lambda node=node: self.nodes.ask(node, "health")["parity"], "its parity")
 
     def crash(self, lost: set[int]) -> None:
         for link in self.nodes.links.values():

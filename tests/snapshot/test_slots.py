@@ -237,6 +237,36 @@ def test_a_slot_that_cannot_be_replaced_for_want_of_room_is_left_as_it_was(tiny_
     slot.close()
 
 
+def test_a_blank_slot_has_a_name_once_it_is_published_and_its_room_is_its_own(tmp_path: Path) -> None:
+    slot = Slot.blank(tmp_path / "slot-0-0", SlotHeader("job", 0, 0, 0, SlotState.FILLING), 20_000)
+    slot.write(5000, memoryview(b"second"))
+    slot.write(0, memoryview(b"f" * 5000))
+    assert not (tmp_path / "slot-0-0").exists()
+    slot.publish(5006, state=SlotState.COMMITTED, step=7)
+    found = Slot.open(tmp_path / "slot-0-0")
+    assert (found.header.state, found.header.step, found.capacity) == (SlotState.COMMITTED, 7, 20_480)
+    assert bytes(found.body[:5010]) == b"f" * 5000 + b"second" + bytes(4)
+    assert (tmp_path / "slot-0-0").stat().st_blocks * 512 >= 4096 + 20_480
+    assert [path.name for path in tmp_path.iterdir()] == ["slot-0-0"]
+    found.close()
+    slot.close()
+
+
+def test_a_blank_slot_that_finds_no_room_leaves_nothing(tiny_tmpfs: Path) -> None:
+    header = SlotHeader("job", 0, 0, 0, SlotState.FILLING)
+    with pytest.raises(OutOfSharedMemory, match=r"8\.0 MiB for slot-0-0"):
+        Slot.blank(tiny_tmpfs / "slot-0-0", header, 8 << 20)
+    assert list(tiny_tmpfs.iterdir()) == []
+    first, second = (Slot.blank(tiny_tmpfs / f"slot-{rank}-0", header, 768 << 10) for rank in (0, 1))
+    first.write(0, memoryview(bytes(600 << 10)))
+    with pytest.raises(OutOfSharedMemory):
+        second.write(0, memoryview(bytes(600 << 10)))
+    second.discard_blank()
+    first.publish(600 << 10)
+    assert [path.name for path in tiny_tmpfs.iterdir()] == ["slot-0-0"]
+    first.close()
+
+
 # -- meta --------------------------------------------------------------------------------------------------------------
 
 

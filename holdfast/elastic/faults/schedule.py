@@ -32,7 +32,7 @@ POINTS = {
         "keeper.committed",
     ),
     "coordinator": ("spill.begun", "spill.written"),
-    "rebuild": ("rebuild.decoded", "rebuild.checked"),
+    "rebuild": ("rebuild.decoded", "rebuild.checked", "rebuild.encoded"),
     "return": ("keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
     "end": ("keeper.stopping", "keeper.stopped", "preempt.saved", "rescue.rebuilt"),
 }
