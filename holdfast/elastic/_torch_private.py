@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from types import FunctionType
+
 import torch.distributed as dist
 
 
@@ -21,3 +24,17 @@ def groups_of_this_rank() -> list[tuple[str, dist.ProcessGroup, tuple[int, ...]]
         for group, ranks in found
         if isinstance(group, dist.ProcessGroup) and len(ranks) > 1 and me in ranks
     ]
+
+
+def let_go_of_groups() -> None:
+    """Have torch's functions look for the default group when they are called, as where they were imported before it was made.
+
+    `torch.distributed.nn.functional` names it as a default argument, so imported later it holds it for ever: then
+    `destroy_process_group` leaves gloo's threads running, and one that is still busy when Python ends aborts a finished process.
+    """
+    module = sys.modules.get("torch.distributed.nn.functional")
+    for function in vars(module).values() if module is not None else ():
+        if isinstance(function, FunctionType) and function.__defaults__:
+            function.__defaults__ = tuple(
+                None if isinstance(value, dist.ProcessGroup) else value for value in function.__defaults__
+            )

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from holdfast.elastic import guards, restore
+from holdfast.elastic._torch_private import let_go_of_groups
 from holdfast.elastic.chronicle import Before, Chronicle, process_born_s, words_here, words_of_all
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
 from holdfast.elastic.journal import last_attempt, records_of
@@ -115,6 +116,7 @@ class Run:
     # -- entering --
 
     def __enter__(self) -> Self:
+        let_go_of_groups()  # this package may have been what imported them
         self._in_place = in_place()
         if self._in_place is None:
             self._enter()

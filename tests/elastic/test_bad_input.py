@@ -165,6 +165,23 @@ def test_ranks_that_disagree_about_the_state_all_stop(job, case, words):
     assert done.stdout.count(words) == 2
 
 
+LEAVE = """
+import glob, holdfast, torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+model = torch.nn.Linear(3, 2)
+with holdfast.protect({"model": model}, name="x") as run:
+    for _ in run.steps(until=2):
+        pass
+dist.destroy_process_group()
+print([path for path in glob.glob("/proc/self/task/*/comm") if "gloo" in open(path).read()])
+"""
+
+
+def test_a_group_that_is_destroyed_after_a_run_leaves_no_thread_that_could_abort_the_end_of_the_process(job):
+    done = subprocess.run([sys.executable, "-c", LEAVE], env=job.env, capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def train_until_committed(model: torch.nn.Module) -> None:
     with holdfast.protect({"model": model}, name="x") as run:
         for _ in run.steps(until=1000):
