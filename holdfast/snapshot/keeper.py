@@ -104,8 +104,8 @@ class Keeper:
         listeners, port = listen(memory / SOCKET, bind, former.port)
         self.token = former.token
         self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), (), domain)
+        write_endpoint(memory, self.member)  # before anything is answered: who hears an answer may read whose it is
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
-        write_endpoint(memory, self.member)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())
         self.watch.start(watch_every_s)
         self._go_on()
