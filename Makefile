@@ -15,9 +15,10 @@ READY := $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/holdfast demo
 
+# Hypothesis tries the same examples each time; `make campaign` tries new ones.
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu and not campaign" --ignore tests/elastic --ignore tests/examples
-	$(BIN)/python -m pytest -m "not gpu and not campaign" tests/elastic tests/examples # whole jobs: they need the cores for themselves
+	$(BIN)/python -m pytest --hypothesis-profile=ci -n $(JOBS) --dist loadfile -m "not gpu and not campaign" --ignore tests/elastic --ignore tests/examples
+	$(BIN)/python -m pytest --hypothesis-profile=ci -m "not gpu and not campaign" tests/elastic tests/examples # whole jobs: they need the cores for themselves
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -93,7 +93,8 @@ def steps_between(measured: Measured, failures_per_s: float) -> int:
     if measured.step_s <= 0:
         return 1
     stall_s = max(0.0, measured.stall_s)
-    optimal_s = young(stall_s, 1 / failures_per_s) if failures_per_s > 0 else math.inf
+    # What costs nothing, or will hardly ever be needed, has no optimum to compute: 0 times infinity.
+    optimal_s = young(stall_s, 1 / failures_per_s) if failures_per_s > 0 and stall_s > 0 else math.inf
     wanted_s = min(optimal_s, stall_s / AFFORDABLE)
     return max(1, math.ceil(measured.exchange_s / measured.step_s), round(wanted_s / measured.step_s))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from holdfast.snapshot.interval import AFFORDABLE, Measured, Pace, lost_per_s, steps_between
@@ -28,6 +28,7 @@ def test_an_expensive_snapshot_is_taken_as_often_as_loses_least(
     assert is_affordable or lost <= 1.06 * min(longer, shorter)
 
 
+@example(stall_s=0.0, exchange_s=1.0, step_s=1.0, rate=2e-309)
 @given(stall_s=st.floats(0, 1), exchange_s=st.floats(0, 100), step_s=st.floats(0.01, 10), rate=st.floats(0, 0.1))
 def test_it_is_never_faster_than_keepers_can_follow(stall_s: float, exchange_s: float, step_s: float, rate: float) -> None:
     steps = steps_between(Measured(stall_s=stall_s, exchange_s=exchange_s, step_s=step_s), rate)
