@@ -106,14 +106,15 @@ def write_endpoint(memory: Path, member: Member) -> None:
     fresh.rename(memory / ENDPOINT)
 
 
-def is_alive(pid: int) -> bool:
+def is_alive(pid: int, *, or_zombie: bool = False) -> bool:
+    """Whether the process runs; with `or_zombie` also until it has been waited for, because threads of it may still be ending."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return or_zombie or Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 # -- born of a process that waits (cradle.py) --------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ page gone stale and its slot files replaced, and whatever it asks for carries an
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,7 +45,11 @@ class Trainers:
         crash_point("keeper.attaching")
         former = self._attached.get(rank)
         # Where not even the one who asks can be seen, in containers that share memory only, nobody's end can.
-        may_be_written = former is not None and former["pid"] != pid and (_exists(former["pid"]) or not _exists(pid))
+        may_be_written = (
+            former is not None
+            and former["pid"] != pid
+            and (is_alive(former["pid"], or_zombie=True) or not is_alive(pid, or_zombie=True))
+        )
         for index in (0, 1):
             name = slot_name(rank, index)
             slot = self._slots.get(name)
@@ -132,14 +135,3 @@ class Trainers:
                 f"another run named {self._job!r} is alive (its rank {rank} is pid {known['pid']}); give this one another name "
                 "with protect(name=…), or end the other"
             )
-
-
-def _exists(pid: int) -> bool:
-    """Not a bit of the process is left only when it has been waited for; a zombie's threads may still be ending."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
