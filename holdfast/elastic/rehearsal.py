@@ -53,5 +53,4 @@ def _stand_ins(params: Iterable[torch.Tensor]) -> Iterator[torch.nn.Parameter]:
                 seen.add(look)
                 stand_in = torch.nn.Parameter(torch.zeros_like(param.detach()))
                 stand_in.grad = torch.zeros_like(stand_in)
-                torch.empty_like(param.detach())  # as optimizer state is made when it is restored
                 yield stand_in

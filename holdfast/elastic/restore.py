@@ -24,7 +24,7 @@ from holdfast.elastic.journal import pace, taken_s, words_of_last_attempt
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
 from holdfast.elastic.team import SHORT_NBYTES, Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
-from holdfast.snapshot.client import connect
+from holdfast.snapshot import client
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore, was_ever_safe
 from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
@@ -172,11 +172,7 @@ def _survey(team: Team, sources: Mapping[int, Path]) -> list[Survey]:
 
 def ask_once(memory: Path, verb: str, **fields: Any) -> Any:
     """One question to the keeper that serves `memory`; a long answer is waited for."""
-    connection = connect(memory, timeout_s=3600)
-    try:
-        return connection.ask(verb, **fields)
-    finally:
-        connection.close()
+    return client.ask_once(memory, verb, timeout_s=3600, **fields)
 
 
 @dataclass(frozen=True, slots=True)

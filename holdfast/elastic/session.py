@@ -321,9 +321,8 @@ class Run:
             outcomes = team.attempt(enter)
             if not any(outcome.error == StaleEpoch.__name__ for outcome in outcomes):
                 team.settle(outcomes)
-                team.all(
-                    begin
-                )  # only when all have entered: the coordinator's first message would be refused by one that has not
+                # Only when all have entered: the coordinator's first message would be refused by one that has not.
+                team.all(begin)
                 return True
             heard = [[Survey.from_json(found) for found in told] for told in team.all(ask)]
         return False

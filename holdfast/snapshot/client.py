@@ -45,6 +45,15 @@ def connect(memory: Path, *, timeout_s: float = 60.0) -> Connection:
     return Connection(str(memory / SOCKET), endpoint.member.token, timeout_s=timeout_s)
 
 
+def ask_once(memory: Path, verb: str, /, *, timeout_s: float = 60.0, **fields: Any) -> Any:
+    """One question to the keeper that serves `memory` on this host. Raises KeeperUnreachable, or what the keeper answers with."""
+    connection = connect(memory, timeout_s=timeout_s)
+    try:
+        return connection.ask(verb, **fields)
+    finally:
+        connection.close()
+
+
 class Link:
     """What one rank needs of its keeper while it trains. Not for two threads at once, but for the words of `page`.
 
@@ -155,11 +164,7 @@ class Link:
     def terminated(self, grace_s: float) -> None:
         """This process was told to end: blocks until the newest snapshot is a checkpoint, `grace_s` have passed, or it is clear
         that the run only starts again. May be called from any thread."""
-        connection = connect(self.memory, timeout_s=grace_s + 5)
-        try:
-            connection.ask("terminated", grace_s=grace_s, **self._who)
-        finally:
-            connection.close()
+        ask_once(self.memory, "terminated", timeout_s=grace_s + 5, grace_s=grace_s, **self._who)
 
     def ask(self, verb: str, payload: bytes = b"", **fields: Any) -> Any:
         """Ask the keeper, over a new connection where the last one is broken."""

@@ -25,7 +25,7 @@ from typing import IO, Any
 from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
 from holdfast.snapshot.birth import Born, ask_cradle, holds_lock
-from holdfast.snapshot.client import Endpoint, connect
+from holdfast.snapshot.client import Endpoint, ask_once
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
 
@@ -102,11 +102,7 @@ def _check_memory(memory: Path) -> None:
 
 def _answers(place: Path) -> bool:
     try:
-        connection = connect(place, timeout_s=ANSWER_S)
-        try:
-            connection.ask("ping")
-        finally:
-            connection.close()
+        ask_once(place, "ping", timeout_s=ANSWER_S)
     except HoldfastError:
         return False
     return True
@@ -122,11 +118,8 @@ def _comes_to(node: int, place: Path) -> bool:
     if not holds_lock(pid, place):
         return False
     try:
-        connection = connect(place, timeout_s=SILENCE_S)
-        try:
-            connection.ask("adrift")  # answered in every state, and without the keeper's lock, which it may hold for long
-        finally:
-            connection.close()
+        # Answered in every state, and without the keeper's lock, which it may hold for long.
+        ask_once(place, "adrift", timeout_s=SILENCE_S)
     except KeeperUnreachable:
         if holds_lock(pid, place):
             logger.error(
@@ -397,11 +390,7 @@ def _losses_left(node: NodeStatus, here: list[NodeStatus]) -> int:
 def _node_status(place: Path) -> NodeStatus:
     node = int(place.name.removeprefix("node-"))
     try:
-        connection = connect(place, timeout_s=ANSWER_S)
-        try:
-            found = connection.ask("status")
-        finally:
-            connection.close()
+        found = ask_once(place, "status", timeout_s=ANSWER_S)
     except HoldfastError:
         return NodeStatus(node, 0, False, str(place), _size(place), 0, 0, None, 0, 0, {})
     return NodeStatus(
@@ -485,11 +474,7 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
 def _shut_down(place: Path) -> None:
     """Ask a keeper to end and give its memory back; a signal alone would have it save its snapshots first."""
     with suppress(HoldfastError):
-        connection = connect(place, timeout_s=ANSWER_S)
-        try:
-            connection.ask("shutdown")
-        finally:
-            connection.close()
+        ask_once(place, "shutdown", timeout_s=ANSWER_S)
 
 
 def _end(pid: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import emit
-from holdfast.snapshot.client import connect
+from holdfast.snapshot.client import ask_once, connect
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Lifeline:
                 watched = connect(self._memory, timeout_s=PATIENCE_S)
                 try:
                     while not watched.has_ended(self._closed, ASKED_EVERY_S):
-                        self._ask()
+                        # Answered in every state, and without the keeper's lock, which it may hold for long.
+                        ask_once(self._memory, "adrift", timeout_s=PATIENCE_S)
                 finally:
                     watched.close()
                 pause_s = PAUSE_S[0]
@@ -66,14 +67,6 @@ class Lifeline:
             self._bring_back()
             self._closed.wait(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S[1])
-
-    def _ask(self) -> None:
-        """Raises KeeperUnreachable when the keeper does not answer."""
-        connection = connect(self._memory, timeout_s=PATIENCE_S)
-        try:
-            connection.ask("adrift")  # answered in every state, and without the keeper's lock, which it may hold for long
-        finally:
-            connection.close()
 
     def _bring_back(self) -> None:
         logger.warning(
