@@ -217,8 +217,11 @@ def placement_of(name: str, tensor: torch.Tensor, *, replica: int = 0, replicas:
     """How this rank holds `tensor`: a DTensor by its mesh and placements, any other tensor whole.
 
     `replica` and `replicas` describe a plain tensor that is known to be equal on several ranks (DDP). Raises StateError for
-    partial sums, whose value no single rank holds.
+    partial sums, whose value no single rank holds, and for tensors that are not one block of numbers in memory.
     """
+    problem = _unlike_memory(tensor)
+    if problem:
+        raise StateError(f"{name} {problem}")
     spec = ArraySpec(name, dtype_name(tensor), tuple(tensor.shape))
     if not hasattr(tensor, "device_mesh"):
         return Placement(spec, (Box.whole(spec.shape),), replica, replicas)
@@ -240,6 +243,26 @@ def placement_of(name: str, tensor: torch.Tensor, *, replica: int = 0, replicas:
     cuts.sort(key=lambda cut: (cut[0], cut[1]))
     box = shard_box(spec.shape, (cut for _, _, cut in cuts))
     return Placement(spec, (box,), replica, replicas, expected)
+
+
+def _unlike_memory(tensor: Any) -> str:
+    """Why the bytes of a tensor, or of this rank's part of it, cannot be copied out and back in; or nothing."""
+    if hasattr(tensor, "device_mesh"):
+        tensor = tensor.to_local()
+    kind = type(tensor).__qualname__
+    if getattr(tensor, "cls_to_become", None) is not None:
+        return "has no shape yet: run the module once, or build it with its sizes, before it is protected"
+    if tensor.is_meta:
+        return "is on the meta device and has no values: materialize it (to_empty) and set its values first"
+    if hasattr(tensor, "__tensor_flatten__") or tensor.is_nested:
+        return f"is a {kind}, which is made of several tensors inside; give protect() an object whose state_dict returns those"
+    if str(tensor.layout) != "torch.strided":
+        return f"is {str(tensor.layout).removeprefix('torch.')}; only dense tensors can be captured"
+    if tensor.is_conj() or tensor.is_neg():
+        return "is a view that is conjugated or negated when it is read; store what resolve_conj() and resolve_neg() return"
+    if any(extent > 1 and stride == 0 for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "is expanded: several of its elements are one in memory; store a contiguous copy"
+    return ""
 
 
 _MESHES: WeakKeyDictionary[Any, tuple[Shape, tuple[int, ...]]] = WeakKeyDictionary()

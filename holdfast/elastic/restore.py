@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,14 +91,15 @@ def newest(
     lap: Lap,
     known: Known,
     surveys: list[Survey],
+    elsewhere: Collection[str],
     attach: Callable[[], None],
 ) -> Restored:
     """Restore the newest step that any source still has, on all ranks alike.
 
     `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity; `known` is what
-    rank 0 knows, and `surveys` what all keepers have just said. `attach` is called on every rank as soon as its own state is there
-    from memory (`Restored.in_memory`), and again where that of another rank was not to be had. Raises SnapshotLost when snapshots
-    exist, none of them can be restored and no checkpoint is left.
+    rank 0 knows, `surveys` what all keepers have just said, and `elsewhere` what all ranks answer for. `attach` is called on every
+    rank as soon as its own state is there from memory (`Restored.in_memory`), and again where that of another rank was not to be
+    had. Raises SnapshotLost when snapshots exist, none of them can be restored and no checkpoint is left.
     """
     notes, failed = list(known.problems), set[int]()
     distrusted: Distrusted = frozenset()
@@ -115,7 +116,7 @@ def newest(
         chosen, why = choices[0].offer, tuple(choice.why for choice in choices)
         if chosen.rung is Rung.CHECKPOINT:
             assert checkpoints is not None
-            problem = _try_checkpoint(state, team, checkpoints, chosen.step)
+            problem = _try_checkpoint(state, team, checkpoints, chosen.step, elsewhere)
             lap("checkpoint")
             if not problem:
                 recovery = Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
@@ -124,7 +125,7 @@ def newest(
             failed.add(chosen.step)
             continue
         plan = offers[chosen]
-        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap, attach)
+        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap, elsewhere, attach)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if not damaged:
             _raise_first(outcomes)
@@ -259,6 +260,7 @@ def _from_memory(
     sources: Mapping[int, Path],
     host: str,
     lap: Lap,
+    elsewhere: Collection[str],
     attach: Callable[[], None],
 ) -> list[Outcome]:
     """Rebuild what is lost, then fill every rank's tensors and attach it; how each rank fared."""
@@ -285,11 +287,11 @@ def _from_memory(
     def load() -> None:
         source = SlotSource(plan, members.values(), tables, host=host)
         try:
-            for item in state.prepare(source.specs):
+            for item in state.prepare(source.specs, elsewhere):
                 source.load(item, team.rank)
         finally:
             source.close()
-        state.load_texts(objects[str(team.rank if str(team.rank) in objects else team.rank % plan.world)])
+        state.load_texts(objects[str(team.rank if str(team.rank) in objects else team.rank % plan.world)], objects.values())
         if plan.world == team.world:
             attach()
 
@@ -367,9 +369,9 @@ def _raise_first(outcomes: list[Outcome]) -> None:
 # -- from a checkpoint -----------------------------------------------------------------------------------------------------
 
 
-def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int) -> str:
+def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int, elsewhere: Collection[str]) -> str:
     """Load it on all ranks; what was wrong with it, or nothing. Errors that another checkpoint would not cure are raised."""
-    outcomes = team.attempt(lambda: _from_checkpoint(state, team.rank, checkpoints, step))
+    outcomes = team.attempt(lambda: _from_checkpoint(state, team.rank, checkpoints, step, elsewhere))
     damaged = [outcome.message for outcome in outcomes if outcome.error in _DAMAGED]
     if damaged:
         logger.warning("the checkpoint of step %d cannot be used: %s", step, damaged[0])
@@ -378,12 +380,12 @@ def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int
     return ""
 
 
-def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int) -> None:
+def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int, elsewhere: Collection[str]) -> None:
     """Fill this rank's tensors from a universal checkpoint of any layout."""
     from holdfast import ckpt
 
     found = ckpt.open_checkpoint(checkpoints, step)
-    held = state.prepare(found.specs)
+    held = state.prepare(found.specs, elsewhere)
     staged: list[tuple[Held, Any, np.ndarray[Any, Any]]] = []
     requests = []
     for item in held:
@@ -398,4 +400,4 @@ def _from_checkpoint(state: TrackedState, rank: int, checkpoints: str, step: int
             local = item.local
             local.copy_(torch.from_numpy(buffer).view(local.dtype).view(box.shape))
     known = found.objects
-    state.load_texts(known[rank if rank in known else rank % max(1, len(known))])
+    state.load_texts(known[rank if rank in known else rank % max(1, len(known))], known.values())

@@ -188,7 +188,8 @@ class Run:
 
         surveys = [survey for found in heard for survey in found]
         checkpoints = self._settings.checkpoints
-        restored = restore.newest(self._tracked, team, sources, host, checkpoints, clock.lap, met.known, surveys, attach)
+        heard_of = (met.known, surveys, met.elsewhere)
+        restored = restore.newest(self._tracked, team, sources, host, checkpoints, clock.lap, *heard_of, attach)
         if restored.recovery is None and met.begun:
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
         if not restored.in_memory:
@@ -261,8 +262,7 @@ class Run:
             }
 
         told = team.all(tell)
-        if len({item["structure"] for item in told}) > 1:
-            _compare([json.loads(item) for item in team.gather(structure)])
+        elsewhere = _compare(team, structure, [item["structure"] for item in told])
         return _Met(
             places=places_of([Seat(**{**item["seat"], "known": tuple(item["seat"]["known"])}) for item in told]),
             known=restore.Known.from_json(told[0]["known"]),
@@ -270,6 +270,7 @@ class Run:
             born_s=max(item["born_s"] for item in told),
             entered_s=max(item["entered_s"] for item in told),
             begun=any(item["begun"] for item in told),
+            elsewhere=elsewhere,
         )
 
     def _structure(self) -> bytes:
@@ -279,8 +280,8 @@ class Run:
             # A spare has not made its optimizer's state yet; what it has to be, the snapshot says.
             if self._in_place is None or item.name.split("/")[0] not in self._tracked.optimizers
         }
-        mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "name": self.name, "settings": repr(self._settings)}
-        return json.dumps(mine, sort_keys=True).encode()
+        mine = {"objects": sorted(self._tracked.objects), "arrays": arrays, "optimized": sorted(self._tracked.optimized())}
+        return json.dumps({**mine, "name": self.name, "settings": repr(self._settings)}, sort_keys=True).encode()
 
     def _room_needed(self, team: Team) -> int:
         """Bytes of one snapshot of this rank; before the first step, optimizer state is expected at twice the parameters."""
@@ -512,10 +513,25 @@ class _Met:
     born_s: float
     entered_s: float
     begun: bool
+    elsewhere: frozenset[str]
+    """Names of arrays and optimized parameters that some rank answers for."""
 
 
-def _compare(ranks: list[dict[str, Any]]) -> None:
-    """Raise LayoutMismatch for the first thing about which two ranks disagree; layouts that differ by design pass."""
+def _compare(team: Team, structure: bytes, digests: list[str]) -> frozenset[str]:
+    """What all ranks hold together, by name; they differ where each holds a stage, or experts. `digests` are of their structures.
+
+    Raises LayoutMismatch for the first thing about which two ranks disagree; layouts that differ by design pass.
+    """
+    told: list[bytes] = [structure]
+    if len(set(digests)) > 1:  # each structure once, however many ranks have it
+        told = team.gather(structure if digests.index(digests[team.rank]) == team.rank else b"")
+    found = {digest: json.loads(data) for digest, data in zip(digests, told, strict=False) if data}
+    ranks = [found[digest] for digest in digests]
+    _check_alike(ranks)
+    return frozenset(name for one in found.values() for name in (*one["arrays"], *one["optimized"]))
+
+
+def _check_alike(ranks: list[dict[str, Any]]) -> None:
     first = ranks[0]
     for rank, other in enumerate(ranks):
         if other["objects"] != first["objects"]:

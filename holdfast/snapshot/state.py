@@ -9,29 +9,30 @@ from __future__ import annotations
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from holdfast.arrays import ArraySpec, Placement, check_name, placement_of
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import decode_object, encode_object
 from holdfast.snapshot.buckets import arrange, buckets_of, replicated
+from holdfast.snapshot.modules import Replicas, bare, check_known, check_whole, fqn_of, homes_of, replicas_of
+from holdfast.snapshot.optimizers import cut_anew, empty_state, put
 
-RNG = "rng"
-BUCKETS = "ddp-buckets"
-"""The name under which random generators are kept; not free for an object of the user's."""
+RNG, BUCKETS = "rng", "ddp-buckets"
+"""The names under which random generators and the order of DDP's sums are kept; not free for objects of the user's."""
+
+LOOSE = "parameter"
+"""Beside its optimizer state: the name of a parameter that belongs to no module."""
 
 LARGE_TENSOR_NBYTES = 64 * 1024
 """Tensors of plain objects from this size on become arrays; smaller ones stay inside the object."""
-
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ class TrackedState:
         self.others_have_arrays = False
         """Plain objects with large tensors may make them anew at every `state_dict`, so no plan over them can be kept."""
         self._large: dict[str, torch.Tensor] = {}
+        self._made_up: set[str] = set()
+        """Modules whose `state_dict` has more than their parameters and buffers: extra state, or what a hook adds."""
         self.held()
         self.texts()  # what has no typed form is said now, and not by every snapshot that fails for it
 
@@ -118,7 +121,8 @@ class TrackedState:
             return list(known.held)
         self._named.clear()
         self._known = None
-        own = [*self._of_modules(), *self._of_optimizers()]
+        of_modules = list(self._of_modules())
+        own = [*of_modules, *self._of_optimizers({id(item.tensor) for item in of_modules})]
         found = own + others
         names = {item.name for item in found}
         if len(names) != len(found):
@@ -169,10 +173,10 @@ class TrackedState:
         """Every object but the random generators as typed text, now."""
         found: dict[str, str] = {}
         for name, module in self.modules.items():
-            if not _has_extra_state(module):
+            if name not in self._made_up:
                 continue
-            homes = _homes(module)
-            extra = {key: value for key, value in _bare(module).state_dict(keep_vars=True).items() if id(value) not in homes}
+            homes = homes_of(module)
+            extra = {key: value for key, value in bare(module).state_dict(keep_vars=True).items() if id(value) not in homes}
             if extra:
                 found[name] = encode_object(extra, name)
         for name, optimizer in self.optimizers.items():
@@ -187,22 +191,23 @@ class TrackedState:
             found[name] = encode_object(_without_large(value), name)
         return found
 
-    def expected_holders(self) -> dict[str, tuple[ArraySpec, tuple[int, ...]]]:
-        """Arrays whose layout says which ranks hold them, for comparing the ranks with each other."""
-        return {item.name: (item.placement.spec, item.placement.expected) for item in self.held() if item.placement.expected}
+    def optimized(self) -> list[str]:
+        """The parameters of the optimizers, as `optim/<parameter>`: under these names the first step makes their state."""
+        return [f"{name}/{fqn}" for name, item in self.optimizers.items() for fqn, _ in self._names(name, item).values()]
 
     # -- writing back --
 
-    def prepare(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
+    def prepare(self, stored: Mapping[str, ArraySpec], elsewhere: Collection[str] = ()) -> list[Held]:
         """Make room for every stored array of ours and return where each goes.
 
         Optimizer state that does not exist before the first step is created, and a plain object's large tensors are what they
-        were when stored, whatever it holds now. Raises LayoutMismatch when stored and present state do not have the same arrays.
+        were when stored, whatever it holds now. `elsewhere` are the names of arrays, and the `optimized`, of all ranks, which may
+        hold other stages or experts. Raises LayoutMismatch when an array of ours is not stored, or one is stored that nobody holds.
         """
         for name, optimizer in self.optimizers.items():
             self._create_state(name, optimizer, stored)
         held = [item for item in self.held() if item.name.split("/")[0] not in self.others]
-        self._check_same(held, stored)
+        self._check_same(held, stored, elsewhere)
         return held + self._room_for_others(stored)
 
     def _room_for_others(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
@@ -215,14 +220,19 @@ class TrackedState:
         }
         return [Held(placement_of(name, tensor), tensor, lazy=False) for name, tensor in self._large.items()]
 
-    def load_texts(self, texts: Mapping[str, str]) -> None:
-        """Put the objects back; the random generators last, so that nothing draws from them afterwards."""
+    def load_texts(self, texts: Mapping[str, str], of_all: Iterable[Mapping[str, str]] = ()) -> None:
+        """Put the objects back; the random generators last, so that nothing draws from them afterwards.
+
+        Where stages or experts are cut in another way than before, a rank's parameters were several others': `of_all` are the
+        texts of all ranks, from which their settings are gathered.
+        """
         for name, optimizer in self.optimizers.items():
             if name in texts:
-                self._load_groups(name, optimizer, decode_object(texts[name]))
+                every = (decode_object(other[name]) for other in of_all if name in other)
+                self._load_groups(name, optimizer, decode_object(texts[name]), every)
         for name, module in self.modules.items():
             if name in texts:
-                _bare(module).load_state_dict(decode_object(texts[name]), strict=False)
+                bare(module).load_state_dict(decode_object(texts[name]), strict=False)
         for name, item in self.others.items():
             if name not in texts:
                 raise LayoutMismatch(f"the snapshot has no object {name!r}; it was written without it")
@@ -241,21 +251,24 @@ class TrackedState:
             id(param) for optimizer in self.optimizers.values() for group in optimizer.param_groups for param in group["params"]
         }
         for name, module in self.modules.items():
-            replica, replicas, ranks = _replicas(module)
+            replicas = replicas_of(module)
             parameters = {id(param) for param in module.parameters()}
-            homes = _homes(module)
+            homes = homes_of(module)
             seen: dict[int, str] = {}
-            for key, tensor in _bare(module).state_dict(keep_vars=True).items():
-                if id(tensor) not in homes or seen.setdefault(id(tensor), key) != key:
-                    continue  # made for this state_dict only (extra state), or tied: stored under its first name
+            self._made_up.discard(name)
+            for key, tensor in bare(module).state_dict(keep_vars=True).items():
+                if id(tensor) not in homes:
+                    self._made_up.add(name)
+                    continue
+                if seen.setdefault(id(tensor), key) != key:
+                    continue  # tied: stored under its first name
                 is_parameter = id(tensor) in parameters
                 # DDP sends rank 0's buffers to all at the next forward; until then each rank has its own.
-                equal = (replica, replicas) if is_parameter else (0, 1)
-                placement = placement_of(f"{name}/{_fqn(key)}", tensor, replica=equal[0], replicas=equal[1])
-                if ranks and is_parameter and not placement.expected:
-                    placement = Placement(placement.spec, placement.boxes, *equal, ranks)
+                known = replicas if is_parameter else Replicas()
+                placement = known.place(f"{name}/{fqn_of(key)}", key, tensor)
                 lazy = id(tensor) in trained or (is_parameter and not tensor.requires_grad)
                 yield Held(placement, tensor, lazy, homes[id(tensor)])
+            check_whole(name, module, seen)
 
     # -- optimizers --
 
@@ -269,13 +282,10 @@ class TrackedState:
         wanted = {id(param) for group in optimizer.param_groups for param in group["params"]}
         found: dict[str, dict[int, tuple[str, Placement]]] = {}
         for name, module in self.modules.items():
-            replica, replicas, ranks = _replicas(module)
-            for key, param in _bare(module).named_parameters():
+            replicas = replicas_of(module)
+            for key, param in bare(module).named_parameters():
                 if id(param) in wanted:
-                    placement = placement_of(_fqn(key), param, replica=replica, replicas=replicas)
-                    if ranks and not placement.expected:
-                        placement = Placement(placement.spec, placement.boxes, replica, replicas, ranks)
-                    found.setdefault(name, {})[id(param)] = (_fqn(key), placement)
+                    found.setdefault(name, {})[id(param)] = (fqn_of(key), replicas.place(fqn_of(key), key, param))
         prefix = len(found) > 1  # one optimizer over several modules: their parameters may share names
         named = {
             key: (f"{module}.{fqn}" if prefix else fqn, placement)
@@ -289,9 +299,14 @@ class TrackedState:
                     named[id(param)] = (fallback, placement_of(fallback, param))
         return named
 
-    def _of_optimizers(self) -> Iterator[Held]:
+    def _of_optimizers(self, captured: Collection[int]) -> Iterator[Held]:
+        """Their state, and the parameters that are not `captured` with a module: a temperature, a table of somebody's own."""
         for name, optimizer in self.optimizers.items():
             names = self._names(name, optimizer)
+            for param in (param for group in optimizer.param_groups for param in group["params"]):
+                if id(param) not in captured and not self._is_in_others(param):
+                    fqn, like = names[id(param)]
+                    yield Held(replace(like, spec=replace(like.spec, name=f"{name}/{fqn}/{LOOSE}")), param, lazy=True)
             for param, state in optimizer.state.items():
                 if id(param) not in names:
                     continue
@@ -316,19 +331,15 @@ class TrackedState:
         }
         return {"param_groups": groups, "scalars": scalars}
 
-    def _load_groups(self, name: str, optimizer: Optimizer, stored: dict[str, Any]) -> None:
+    def _load_groups(self, name: str, optimizer: Optimizer, stored: dict[str, Any], of_all: Iterable[dict[str, Any]]) -> None:
         names = self._names(name, optimizer)
         ours = [[names[id(param)][0] for param in group["params"]] for group in optimizer.param_groups]
-        theirs = [group["params"] for group in stored["param_groups"]]
-        if ours != theirs:
-            raise LayoutMismatch(
-                f"{name}: the snapshot has {len(theirs)} parameter groups over {sum(map(len, theirs))} parameters, this optimizer "
-                f"{len(ours)} over {sum(map(len, ours))}, or in another order; build the optimizer as it was built before"
-            )
+        if ours != [group["params"] for group in stored["param_groups"]]:
+            stored = cut_anew(name, ours, stored, list(of_all))
         for group, kept in zip(optimizer.param_groups, stored["param_groups"], strict=True):
             for key, value in kept.items():
                 if key != "params":
-                    _put(group, key, value)
+                    put(group, key, value)
         params = {names[id(param)][0]: param for group in optimizer.param_groups for param in group["params"]}
         for fqn, kept in stored["scalars"].items():
             optimizer.state[params[fqn]].update(kept)
@@ -338,13 +349,21 @@ class TrackedState:
         kept: dict[str, list[tuple[str, ArraySpec]]] = {}
         for array, spec in stored.items():
             of, _, key = array.rpartition("/")
-            if "@" not in key:
+            if "@" not in key and key != LOOSE:
                 kept.setdefault(of, []).append((key, spec))
         for group in optimizer.param_groups:
             for param in group["params"]:
                 for key, spec in kept.get(f"{name}/{names[id(param)][0]}", ()):
                     if key not in optimizer.state[param]:
-                        optimizer.state[param][key] = _empty_state(param, key, spec, group)
+                        optimizer.state[param][key] = empty_state(param, key, spec, group)
+
+    def _is_in_others(self, param: torch.Tensor) -> bool:
+        """Whether an object that is no module brings it: its state dict has such a tensor, or a copy."""
+        return any(
+            (tensor.dtype, tensor.shape) == (param.dtype, param.shape)
+            for item in self.others.values()
+            for _, tensor in _tensors(item.state_dict(), "")
+        )
 
     # -- other objects --
 
@@ -353,20 +372,23 @@ class TrackedState:
             for path, tensor in _large_tensors(item.state_dict(), name):
                 yield Held(placement_of(path, tensor), tensor, lazy=False)
 
-    def _check_same(self, held: list[Held], stored: Mapping[str, ArraySpec]) -> None:
+    def _check_same(self, held: list[Held], stored: Mapping[str, ArraySpec], elsewhere: Collection[str]) -> None:
         ours = {item.name: item.placement.spec for item in held}
         theirs = {name: spec for name, spec in stored.items() if "@rank-" not in name and name.split("/")[0] not in self.others}
         missing = sorted(ours.keys() - theirs.keys())
-        extra = sorted(theirs.keys() - ours.keys())
+        extra = sorted(
+            name for name in theirs.keys() - ours.keys() if name not in elsewhere and name.rpartition("/")[0] not in elsewhere
+        )
         if missing or extra:
             raise LayoutMismatch(
                 f"the snapshot and the running state have different arrays: {_some(missing)} only here, {_some(extra)} only in the "
                 "snapshot; build the same model and optimizer as when it was taken"
             )
-        for name, spec in theirs.items():
-            if ours[name] != spec:
+        for name, spec in ours.items():
+            found = theirs[name]
+            if found != spec:
                 raise LayoutMismatch(
-                    f"{name} is {ours[name].dtype}{list(ours[name].shape)} here and {spec.dtype}{list(spec.shape)} in the snapshot"
+                    f"{name} is {spec.dtype}{list(spec.shape)} here and {found.dtype}{list(found.shape)} in the snapshot"
                 )
 
 
@@ -387,6 +409,7 @@ def _check_object(name: str, item: Any) -> None:
             f"protect(): {name!r} is a {type(item).__qualname__} without {' and '.join(lacking)}; pass the object that holds the "
             "state, or wrap it in one with both methods"
         )
+    check_known(name, item)
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -398,66 +421,6 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})" if names else "none"
 
 
-# -- modules and optimizers ---------------------------------------------------------------------------------------------
-
-
-def _replicated(module: nn.Module) -> DistributedDataParallel | None:
-    """The DDP around a module, also beneath `torch.compile`."""
-    module = _uncompiled(module)
-    return module if isinstance(module, DistributedDataParallel) else None
-
-
-def _uncompiled(module: nn.Module) -> nn.Module:
-    inner = getattr(module, "_orig_mod", None)  # its class is not named here: importing that takes seconds
-    return inner if isinstance(inner, nn.Module) else module
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    """The user's own module, whatever DDP and `torch.compile` have been wrapped around it, in either order."""
-    ddp = _replicated(module)
-    return _uncompiled(module if ddp is None else ddp.module)
-
-
-def _homes(module: nn.Module) -> dict[int, tuple[dict[str, Any], str]]:
-    """For each parameter and buffer, by identity: the dictionary of a submodule and the key under which it lives there."""
-    return {
-        id(tensor): (home, key)
-        for part in _bare(module).modules()
-        for home in (part._parameters, part._buffers)
-        for key, tensor in home.items()
-        if tensor is not None
-    }
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return any(type(part).get_extra_state is not nn.Module.get_extra_state for part in module.modules())
-
-
-def _fqn(key: str) -> str:
-    for wrapper in _WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key
-
-
-def _replicas(module: nn.Module) -> tuple[int, int, tuple[int, ...]]:
-    """Which replica of how many a module's parameters are: known for DDP, else the module is taken as this rank's own."""
-    ddp = _replicated(module)
-    if ddp is None:
-        return 0, 1, ()
-    group = ddp.process_group
-    ranks = tuple(torch.distributed.get_process_group_ranks(group))
-    return torch.distributed.get_rank(group), len(ranks), ranks
-
-
-def _put(group: dict[str, Any], key: str, value: Any) -> None:
-    """A tensor stays the one it is, on its device: compiled steps and captured graphs hold on to a tensor learning rate."""
-    if isinstance(group.get(key), torch.Tensor) and isinstance(value, torch.Tensor) and group[key].shape == value.shape:
-        with torch.no_grad():
-            group[key].copy_(value)
-    else:
-        group[key] = value
-
-
 def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dict[Any, Any], Any]) -> Held:
     """Optimizer state is placed as its parameter is: a DTensor says so itself, a plain tensor of DDP is equal on all replicas."""
     placement = placement_of(name, value)
@@ -465,15 +428,6 @@ def _held_state(name: str, value: torch.Tensor, like: Placement, home: tuple[dic
         placement = Placement(placement.spec, placement.boxes, like.replica, like.replicas, like.expected)
     # A count on the GPU is left to the copy stream: fetching it here would wait for all that the GPU has been given to do.
     return Held(placement, value, value.dim() > 0 or value.is_cuda, home)
-
-
-def _empty_state(param: torch.Tensor, key: str, spec: ArraySpec, group: Mapping[str, Any]) -> torch.Tensor:
-    dtype = getattr(torch, spec.dtype)
-    if tuple(param.shape) == spec.shape and spec.shape:
-        return torch.zeros_like(param.detach(), dtype=dtype)
-    # torch keeps the count of steps on the CPU unless told otherwise, and all else (Adafactor's factors) with the parameter.
-    on_device = key != "step" or bool(group.get("capturable") or group.get("fused"))
-    return torch.zeros(spec.shape, dtype=dtype, device=param.device if on_device else "cpu")
 
 
 # -- plain objects --------------------------------------------------------------------------------------------------------
@@ -484,14 +438,19 @@ def _is_large(value: Any) -> bool:
 
 
 def _large_tensors(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    if _is_large(value):
+    return ((name, tensor) for name, tensor in _tensors(value, path) if _is_large(tensor))
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor inside a state dict, with its path."""
+    if isinstance(value, torch.Tensor):
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _large_tensors(item, f"{path}/{key}")
+            yield from _tensors(item, f"{path}/{key}")
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
-            yield from _large_tensors(item, f"{path}/{place}")
+            yield from _tensors(item, f"{path}/{place}")
 
 
 def _without_large(value: Any) -> Any:

@@ -99,6 +99,12 @@ class Job:
             with suppress(ProcessLookupError):
                 os.kill(json.loads(path.read_text())["pid"], signal.SIGKILL)
 
+    def lose_memory(self) -> None:
+        """Every node is lost: keepers, and all that they held."""
+        self.kill_keepers(self.memory)
+        for path in self.memory.iterdir():
+            shutil.rmtree(path)
+
     def end(self) -> None:
         for process in self.processes:
             if process.poll() is None:

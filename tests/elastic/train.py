@@ -38,26 +38,30 @@ def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> Non
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Deaths:
+    """What `asked` for in JSON is done in its step, once over all attempts of the run whose results go to `out`."""
+
+    def __init__(self, asked: str, out: Path, name: str) -> None:
+        self._deaths, self._name = json.loads(asked), name
+        self._marks = out / "deaths"
+        self._marks.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, step: int, run: Run, model: nn.Module) -> None:
+        for number, death in enumerate(self._deaths):
+            mark = self._marks / str(number)
+            if int(os.environ.get("RANK", 0)) != death["ranks"][0] or step < death["step"] or mark.exists():
+                continue
+            if catches_up(run, death["committed"]):
+                mark.touch()
+                die(death, self._name, Path(os.environ.get("HOLDFAST_MEMORY", "/dev/shm")), model)
+
+
 def main() -> None:
     parser = arguments()
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
     parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
-    rank = int(os.environ.get("RANK", 0))
-    deaths = json.loads(args.die)
-    memory = Path(os.environ.get("HOLDFAST_MEMORY", "/dev/shm"))
-    marks = args.out / "deaths"
-    marks.mkdir(parents=True, exist_ok=True)
-
-    def in_step(step: int, run: Run, model: nn.Module) -> None:
-        for number, death in enumerate(deaths):
-            mark = marks / str(number)
-            if rank != death["ranks"][0] or step < death["step"] or mark.exists():
-                continue
-            if catches_up(run, death["committed"]):
-                mark.touch()
-                die(death, args.name, memory, model)
 
     def after_step(step: int, run: Run, model: nn.Module) -> None:
         if args.keep_up:
@@ -65,7 +69,7 @@ def main() -> None:
         if args.follow_keeper and not _alive(keeper_pid(run)):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    train(args, in_step, after_step)
+    train(args, Deaths(args.die, args.out, args.name), after_step)
 
 
 def catches_up(run: Run, committed: int) -> bool:

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import encode_object
@@ -202,12 +205,143 @@ def test_one_optimizer_over_two_modules_keeps_their_parameters_apart() -> None:
     assert {"optim/one.weight/exp_avg", "optim/other.weight/exp_avg"} <= set(names(state))
 
 
-def test_parameters_of_no_module_are_named_by_their_place() -> None:
+def test_parameters_of_no_module_are_named_by_their_place_and_come_back_with_their_state() -> None:
     loose = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([loose])
     loose.sum().backward()
     optimizer.step()
-    assert "optim/group-0.param-0/exp_avg" in names(TrackedState({"optim": optimizer}))
+    state = TrackedState({"optim": optimizer})
+    assert {"optim/group-0.param-0/exp_avg", "optim/group-0.param-0/parameter"} <= set(names(state))
+    taken, was = snapshot(state), loose.detach().clone()
+    loose.sum().backward()
+    optimizer.step()
+    restore(state, taken)
+    assert loose.equal(was)
+    fresh = nn.Parameter(torch.zeros(3))
+    again = torch.optim.Adam([fresh])
+    restore(TrackedState({"optim": again}), taken)
+    assert fresh.equal(was)
+    assert again.state[fresh].keys() == optimizer.state[loose].keys()
+
+
+def test_a_parameter_that_another_object_brings_is_not_captured_twice() -> None:
+    class Table:
+        def __init__(self) -> None:
+            self.rows = nn.Parameter(torch.ones(3, 5))
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {"rows": self.rows.detach().clone()}
+
+        def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+            with torch.no_grad():
+                self.rows.copy_(state["rows"])
+
+    table = Table()
+    assert not [
+        name for name in names(TrackedState({"table": table, "optim": torch.optim.SGD([table.rows])})) if "optim" in name
+    ]
+
+
+class Copying(nn.Linear):
+    """Its state dict is made of copies, as that of FSDP1 and of some quantized layers is."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self._register_state_dict_hook(lambda module, state, prefix, meta: {key: value.clone() for key, value in state.items()})
+
+
+class TwoInOne(torch.Tensor):
+    """Stands for the tensors of quantization libraries, whose bytes are in other tensors inside."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+
+def holding(tensor: torch.Tensor) -> nn.Module:
+    module = nn.Module()
+    module.register_buffer("b", tensor)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (Copying, "parameter weight is not in the module's state_dict, or only as a copy"),
+        (lambda: nn.Linear(2, 2, device="meta"), "m/weight is on the meta device"),
+        (lambda: nn.LazyLinear(2), "m/weight has no shape yet"),
+        (lambda: holding(torch.eye(2).to_sparse()), "m/b is sparse_coo"),
+        (lambda: holding(torch.ones(1, 2).expand(2, 2)), "m/b is expanded"),
+        (lambda: holding(torch.ones(2, dtype=torch.complex64).conj()), "m/b is a view that is conjugated"),
+        (lambda: holding(torch.eye(2).as_subclass(TwoInOne)), "m/b is a TwoInOne, which is made of several tensors"),
+    ],
+)
+def test_what_cannot_be_put_back_byte_by_byte_is_refused_at_the_start(make, words) -> None:
+    with pytest.raises(StateError, match=words):
+        TrackedState({"m": make()})
+
+
+def test_wrappers_of_torch_that_keep_state_out_of_sight_are_refused_with_what_to_use_instead() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        with pytest.raises(StateError, match=r"'optim' is a ZeroRedundancyOptimizer.*fully_shard"):
+            TrackedState({"model": model, "optim": ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)})
+        with pytest.raises(StateError, match=r"'model' holds FullyShardedDataParallel \(FSDP1\).*fully_shard"):
+            TrackedState({"model": nn.Sequential(FullyShardedDataParallel(model, device_id=torch.device("cpu")))})
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_a_hook_adds_to_a_state_dict_comes_back() -> None:
+    def add(module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
+        state[f"{prefix}scale"] = torch.tensor([module.scale])
+
+    def take(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if f"{prefix}scale" in state:
+            module.scale = float(state.pop(f"{prefix}scale"))
+
+    model = nn.Linear(2, 2)
+    model.scale = 0.5  # type: ignore[assignment]
+    model._register_state_dict_hook(add)
+    model.register_load_state_dict_pre_hook(take)
+    state = TrackedState({"model": model})
+    taken = snapshot(state)
+    model.scale = 4.0  # type: ignore[assignment]
+    restore(state, taken)
+    assert model.scale == 0.5
+
+
+def test_stages_and_experts_of_other_ranks_are_no_mismatch_and_settings_are_gathered_from_all() -> None:
+    """Two ranks with a layer each become one with both, and back again."""
+
+    def rank(*layers: int, lr: float = 0.1) -> TrackedState:
+        model = nn.ModuleDict({str(layer): nn.Linear(2, 2) for layer in layers})
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+        sum(part(torch.ones(1, 2)).sum() for part in model.values()).backward()
+        optimizer.step()
+        return TrackedState({"model": model, "optim": optimizer})
+
+    ranks = [rank(0, lr=0.3), rank(1, lr=0.3)]
+    stored = {name: spec for part in ranks for name, spec in snapshot(part)[0].items()}
+    texts = [part.texts() for part in ranks]
+    elsewhere = {name for part in ranks for name in (*names(part), *part.optimized())}
+    with pytest.raises(LayoutMismatch, match=r"model/1\.bias"):
+        rank(0).prepare(stored)
+    assert {item.name for item in rank(0).prepare(stored, elsewhere)} == set(names(ranks[0]))
+    both = rank(0, 1)
+    assert {item.name for item in both.prepare(stored, elsewhere)} == stored.keys()
+    with pytest.raises(LayoutMismatch, match="build the optimizer as it was built before"):
+        both.load_texts(texts[0])
+    both.load_texts(texts[0], texts)
+    assert both.optimizers["optim"].param_groups[0]["lr"] == 0.3
+    parted = rank(1)
+    parted.load_texts(both.texts(), [both.texts()])
+    assert parted.optimizers["optim"].param_groups[0]["lr"] == 0.3
+    uneven = [rank(0, lr=0.3).texts(), rank(1, lr=0.5).texts()]
+    with pytest.raises(
+        LayoutMismatch, match=r"0\.weight and 1\.weight are in one parameter group here and had different settings"
+    ):
+        both.load_texts(uneven[0], uneven)
 
 
 def test_modules_added_later_appear_in_the_next_look_and_change_the_signature() -> None:

@@ -127,14 +127,14 @@ def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor of model and optimizer, whole."""
-    found = {name: _whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
+    found = {name: whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
     for place, param in enumerate(model.parameters()):
         for key, value in optimizer.state[param].items():
-            found[f"{place}.{key}"] = _whole(value).clone()
+            found[f"{place}.{key}"] = whole(value).clone()
     return found
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
