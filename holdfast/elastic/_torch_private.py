@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from types import FunctionType
 
@@ -38,3 +39,27 @@ def let_go_of_groups() -> None:
             function.__defaults__ = tuple(
                 None if isinstance(value, dist.ProcessGroup) else value for value in function.__defaults__
             )
+
+
+PIPELINE_FLAGS = (
+    "_stage_forward_initialized",
+    "_stage_backward_initialized",
+    "_stages_forward_initialized",
+    "_stages_backward_initialized",
+)
+
+
+def begin_pipelines_anew() -> None:
+    """Have every pipeline schedule agree on shapes with its neighbours again, as it did in its first step.
+
+    A spare's schedule has never run. It would send and await shapes where the others send activations, and gloo ends a process
+    that receives a message of another length.
+    """
+    module = sys.modules.get("torch.distributed.pipelining.schedules")
+    if module is None:
+        return
+    for schedule in [found for found in gc.get_objects() if issubclass(type(found), module._PipelineSchedule)]:
+        for flag in PIPELINE_FLAGS:
+            if hasattr(schedule, flag):
+                setattr(schedule, flag, False)
+        schedule._internal_losses.clear()

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from holdfast.elastic import post
+from holdfast.elastic._torch_private import begin_pipelines_anew
 from holdfast.errors import HoldfastError
 from holdfast.events import crash_point
 
@@ -134,6 +135,7 @@ def reset(modules: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> None
     _drop_gradients(parts)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    begin_pipelines_anew()
 
 
 def _drop_gradients(parts: list[nn.Module]) -> None:

@@ -11,11 +11,20 @@ import torch
 
 SCRIPT = Path(__file__).with_name("train_layouts.py")
 
-LAYOUTS = [("pp=2", 2), ("ep=2", 2)]
-MORE_LAYOUTS = [("pp=2,dp=2", 4), ("pp=2,fsdp=2", 4), ("fsdp=2,tp=2", 4), ("hsdp=2,fsdp=2", 4), ("tp=2", 2), ("pp=4", 4)]
+LAYOUTS = [("ep=2", 2)]
+MORE_LAYOUTS = [
+    ("pp=2", 2),
+    ("pp=2,dp=2", 4),
+    ("pp=2,fsdp=2", 4),
+    ("fsdp=2,tp=2", 4),
+    ("hsdp=2,fsdp=2", 4),
+    ("tp=2", 2),
+    ("pp=4", 4),
+]
 
-CHANGES = [("pp=2", 2, "fsdp=3", 3)]
-MORE_CHANGES = [
+CHANGES = [("pp=2", 2, "fsdp=2", 2, "own keeper")]
+CUTS = [
+    ("pp=2", 2, "fsdp=3", 3),
     ("pp=4", 4, "pp=2", 2),
     ("ep=4", 4, "ep=2", 2),
     ("ep=2", 2, "ep=4", 4),
@@ -23,6 +32,7 @@ MORE_CHANGES = [
     ("fsdp=2,tp=2", 4, "pp=2", 2),
     ("pp=2", 2, "fsdp=2,tp=2", 4),
 ]
+MORE_CHANGES = [(*cut, source) for cut in CUTS for source in ("own keeper", "universal checkpoint")]
 
 
 def campaign(cases: list[Any]) -> list[Any]:
@@ -42,8 +52,19 @@ def test_a_node_lost_with_its_memory_is_rebuilt_under_any_layout(job, mesh, rank
     assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
 
 
-@pytest.mark.parametrize("source", ["own keeper", "universal checkpoint"])
-@pytest.mark.parametrize(("before", "ranks", "after", "others"), [*CHANGES, *campaign(MORE_CHANGES)])
+@pytest.mark.parametrize(("mesh", "ranks"), [("pp=2", 2), *campaign([("pp=2,dp=2", 4), ("ep=2", 2), ("fsdp=2,tp=2", 4)])])
+def test_a_rank_is_replaced_in_place_under_any_layout(job, mesh, ranks):
+    """The schedule of a pipeline in the survivors has run before, that of the spare has not."""
+    shape = ("--mesh", mesh, "--steps", "30")
+    reference = job.run(*shape, "--bare", ranks=ranks, script=SCRIPT)
+    once = ("--in-place", "--nodes", str(ranks), "--pace", "0.2", *dies("trainer", 1, committed=20))
+    died = job.run(*shape, *once, ranks=ranks, spares="ready", restarts=0, script=SCRIPT)
+    died.assert_equals(reference)
+    assert "a spare takes over" in died.log
+    assert [facts["recovery"]["rung"] for facts in died.facts] == ["own keeper"] * ranks
+
+
+@pytest.mark.parametrize(("before", "ranks", "after", "others", "source"), [*CHANGES, *campaign(MORE_CHANGES)])
 def test_a_layout_is_cut_into_another_from_memory_and_from_a_checkpoint(job, before, ranks, after, others, source):
     """What ranks held together before is what they hold together afterwards: parameters, optimizer state, learning rate."""
     kept = ("--checkpoints", str(job.place / "ckpt"), "--checkpoint-every", "2")

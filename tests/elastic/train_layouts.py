@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -140,8 +142,10 @@ def main() -> None:
             name=args.name,
         ) as run:
             for step in run.steps(until=last):
-                step_body(step)
-                die_if_due(step, run, model)
+                with step if args.in_place else nullcontext():
+                    step_body(step)
+                    die_if_due(step, run, model)
+                time.sleep(args.pace)
             recovery = run.recovery
     facts = {"seen": 0, "lr": scheduler.get_last_lr(), "losses": {"0": 0}}
     if recovery is not None:
