@@ -1,22 +1,31 @@
 """A pipeline that loses a stage with everything that held it, and goes on without a checkpoint (CheckFree+).
 
-    torchrun --nproc-per-node 4 examples/train_stages.py [--lose 1] [--at 120] [--how substitute|random]
+    torchrun --nproc-per-node 4 --max-restarts 1 examples/train_stages.py [--lose 1] [--at 120]
 
-Every rank is one stage: a residual block. Activations and gradients travel by send and receive, and every second micro-batch runs
-with the first and the last two stages swapped. At step --at the stage --lose forgets its weights and its optimizer state, as a
-replaced node would have none. It is put together from its neighbours; with --how random it begins as at the start, to compare.
+Every rank is one stage: a residual block, on a node of its own and without parity. Activations and gradients travel by send and
+receive, and every second micro-batch runs with the first and the last two stages swapped. After step --at the stage --lose dies
+with its keeper and its memory. All ranks start again, and the lost stage is put together from its neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
+import shutil
+import signal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from holdfast.elastic.stages import LossGuard, begin_anew, exchange, grad_norm, plan_substitution, stage_order
+import holdfast
+from holdfast.elastic.session import Run
+from holdfast.elastic.stages import stage_order
+from holdfast.environment import Environment
+from holdfast.snapshot.client import Endpoint
+from holdfast.snapshot.cluster import node_memory
 
 WIDTH, MICRO_BATCHES, MICRO_BATCH = 24, 4, 32
 
@@ -38,7 +47,7 @@ def batch(step: int, micro: int) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs, torch.sin(2 * inputs) + 0.5 * inputs.roll(1, dims=1)
 
 
-def run_micro_batch(stage: Block, mine: int, stages: int, step: int, micro: int) -> float:
+def run_micro_batch(stage: nn.Module, mine: int, stages: int, step: int, micro: int) -> float:
     """Forward and backward of one micro-batch through all stages; the loss on the rank that ends it, else zero."""
     order = stage_order(stages, micro)
     place = order.index(mine)
@@ -66,53 +75,45 @@ def together(value: float) -> float:
     return float(total)
 
 
+def lose_node(run: Run, node: int) -> None:
+    """The machine is gone: the keeper, what it held, and this process."""
+    memory = node_memory(Environment.read().memory, run.name, node)
+    os.kill(Endpoint.read(memory).pid, signal.SIGKILL)
+    shutil.rmtree(memory)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--lose", type=int, default=1, help="the stage that is lost")
-    parser.add_argument("--at", type=int, default=120, help="the step before which it is lost")
-    parser.add_argument("--how", choices=("substitute", "random"), default="substitute")
+    parser.add_argument("--at", type=int, default=120, help="the step after which it is lost")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     mine, stages = dist.get_rank(), dist.get_world_size()
+    logging.basicConfig(level=logging.INFO if mine == 0 else logging.WARNING, format="%(name)s: %(message)s")
     torch.manual_seed(mine)
     stage = Block()
     optimizer = torch.optim.AdamW(stage.parameters(), lr=2e-3)
-    losses: list[float] = []
-    norm, guard = 0.0, None
-    for step in range(args.steps):
-        if step == args.at:
-            lose(args, stage, optimizer, mine, stages, norm)
-            guard = LossGuard(losses[-10:], tolerance=0.2, patience=args.steps - step)
-        losses.append(together(sum(run_micro_batch(stage, mine, stages, step, micro) for micro in range(MICRO_BATCHES))))
-        norm = grad_norm(stage)
-        optimizer.step()
-        optimizer.zero_grad()
-        if guard is not None:
-            guard.look(losses[-1])
-    if mine == 0:
-        before, after = losses[args.at - 1], losses[args.at]
-        told = {"how": args.how, "before": before, "after": after, "end": losses[-1], "guard": guard.finding if guard else None}
-        print(json.dumps(told))
+    with holdfast.protect(
+        {"model": nn.ModuleDict({str(mine): stage}), "optim": optimizer},  # every stage has names of its own
+        redundancy=holdfast.Redundancy(parity=0, nodes_per_host=stages),
+        stage=holdfast.Stage(mine, stages),
+    ) as run:
+        losses = []
+        for step in run.steps(until=args.steps):
+            losses.append(together(sum(run_micro_batch(stage, mine, stages, step, micro) for micro in range(MICRO_BATCHES))))
+            optimizer.step()
+            optimizer.zero_grad()
+            run.note_loss(losses[-1])
+            if step >= args.at and mine == args.lose and run.recovery is None and run.committed_step:
+                lose_node(run, mine)
+    if mine == 0 and run.recovery is not None:
+        told = {"from": run.recovery.rung, "step": run.recovery.step, "first_loss": losses[0], "last_loss": losses[-1]}
+        print(json.dumps({**told, "notes": run.recovery.notes}))
     dist.destroy_process_group()
-
-
-def lose(args: argparse.Namespace, stage: Block, optimizer: torch.optim.Optimizer, mine: int, stages: int, norm: float) -> None:
-    """The lost stage is an empty one in the place of a dead rank; the others have their gradient norms of the last step."""
-    norms = [torch.zeros(1) for _ in range(stages)]
-    dist.all_gather(norms, torch.tensor([norm]))
-    if mine == args.lose:
-        torch.manual_seed(99)
-        stage.load_state_dict(Block().state_dict())
-        optimizer.state.clear()
-    if args.how == "substitute":
-        others = {number: float(value) for number, value in enumerate(norms) if number != args.lose}
-        recipe = plan_substitution(args.lose, stages, others)
-        if exchange(stage, recipe, mine, list(range(stages))):
-            begin_anew(optimizer, stage)
-            print(recipe)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from holdfast.errors import (
 )
 from holdfast.events import Event, subscribe
 from holdfast.protect import loader, protect
-from holdfast.redundancy import Redundancy
+from holdfast.redundancy import Redundancy, Stage
 
 __version__ = "0.1.0"
 
@@ -46,6 +46,7 @@ __all__ = [
     "RayUnreachable",
     "Redundancy",
     "SnapshotLost",
+    "Stage",
     "StaleEpoch",
     "StateError",
     "StorageError",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import ConfigError
-from holdfast.redundancy import Redundancy
+from holdfast.redundancy import Redundancy, Stage
 
 if TYPE_CHECKING:
     from holdfast.elastic.data import Loader
@@ -25,6 +25,7 @@ def protect(
     on_nan: str = "refuse",
     grace_s: float = 20.0,
     diagnose: float | str = "auto",
+    stage: Stage | None = None,
 ) -> Run:
     """Keep `state` safe while the loop inside runs, and put it back to the newest recoverable step on entering.
 
@@ -46,6 +47,8 @@ def protect(
     diagnose: seconds in which no rank completes a step before it is said which rank has not entered which collective; "auto" is 30,
         "off" says nothing. Ranks that compute longer than their peers and replicas with other bytes are named as well. Nothing is
         ended because of it.
+    stage: which stage of a pipeline this rank holds. One that neither memory nor a checkpoint can give back is then made of its
+        neighbours, which is lossy and said so (CheckFree); see `Run.note_loss`.
 
     Raises ConfigError and StateError for what the caller can change, LayoutMismatch when ranks disagree, RayUnreachable,
     OutOfSharedMemory, and SnapshotLost when snapshots exist, cannot be restored, and no checkpoint is left.
@@ -66,7 +69,7 @@ def protect(
         grace_s=_seconds("grace_s", grace_s),
         diagnose_s=_patience(diagnose),
     )
-    return Run(state, settings)
+    return Run(state, settings, stage)
 
 
 def loader(

@@ -46,3 +46,19 @@ class Redundancy:
             )
 
     explain = _Explain()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """This rank holds stage `number` of a pipeline of `count` stages, which may be substituted by its neighbours when it is lost.
+
+    That is lossy (CheckFree, arXiv 2506.15461) and the last rung: only where neither memory nor a checkpoint can give it back. The
+    stages have to be alike, and their parameters to have names of their own (`layers.7.…`).
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 2 or not 0 <= self.number < self.count:
+            raise ConfigError(f"Stage needs a number from 0 to count - 1, and count >= 2; got {self.number} of {self.count}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,12 @@ from holdfast.elastic.incidents import is_incident, read_incidents
 from holdfast.elastic.interval import FailureRate
 from holdfast.elastic.journal import pace, taken_s, words_of_last_attempt
 from holdfast.elastic.ladder import Offer, Prices, Rung, measured_prices, plan_ladder
+from holdfast.elastic.substitution import Remains, substitute
 from holdfast.elastic.team import SHORT_NBYTES, Outcome, Team
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, SnapshotLost
+from holdfast.redundancy import Stage
 from holdfast.snapshot import client
-from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore, was_ever_safe
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_remains, plan_restore, was_ever_safe
 from holdfast.snapshot.recovery import DamagedSlot, SlotSource, stored_name
 from holdfast.snapshot.state import Held, TrackedState
 
@@ -48,7 +50,7 @@ _DAMAGED = ("CorruptData", "MissingData", "UnsupportedFormat", "NotACheckpoint")
 class Recovery:
     """What was restored: from which `rung`, to which `step`, in how many seconds, and where they went (`phases`).
 
-    `kind` says what had been lost: a "trainer", the memory of a "node", or all memory ("checkpoint").
+    `kind` says what had been lost: a "trainer", the memory of a "node", all memory ("checkpoint"), or a "stage" of a pipeline.
     """
 
     kind: str
@@ -82,59 +84,75 @@ class Restored:
     rate: FailureRate = field(default_factory=FailureRate)
 
 
-def newest(
-    state: TrackedState,
-    team: Team,
-    sources: Mapping[int, Path],
-    host: str,
-    checkpoints: str | None,
-    lap: Lap,
-    known: Known,
-    surveys: list[Survey],
-    elsewhere: Collection[str],
-    attach: Callable[[], None],
-) -> Restored:
-    """Restore the newest step that any source still has, on all ranks alike.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Around:
+    """What a rank that restores has around it.
 
-    `sources` are the nodes for which this rank asks, by the place of their memory; `host` is this host's identity; `known` is what
-    rank 0 knows, `surveys` what all keepers have just said, and `elsewhere` what all ranks answer for. `attach` is called on every
-    rank as soon as its own state is there from memory (`Restored.in_memory`), and again where that of another rank was not to be
-    had. Raises SnapshotLost when snapshots exist, none of them can be restored and no checkpoint is left.
+    sources: the nodes for which this rank asks, by the place of their memory; host: this host's identity; known: what rank 0 knows;
+    elsewhere: what all ranks answer for; stages: of every rank, where one may be substituted. `attach` is called on every rank as
+    soon as its own state is there from memory (`Restored.in_memory`), and again where that of another rank was not to be had.
     """
+
+    sources: Mapping[int, Path]
+    host: str
+    checkpoints: str | None
+    known: Known
+    elsewhere: Collection[str]
+    stages: Sequence[Stage]
+    lap: Lap
+    attach: Callable[[], None]
+
+
+def newest(state: TrackedState, team: Team, around: Around, surveys: list[Survey]) -> Restored:
+    """Restore the newest step that any source still has, on all ranks alike; `surveys` are what all keepers have just said.
+
+    Raises SnapshotLost when snapshots exist, none of them can be restored and no checkpoint is left.
+    """
+    known = around.known
     notes, failed = list(known.problems), set[int]()
     distrusted: Distrusted = frozenset()
     best: int | None = None
+    hopeless = not around.stages
     while True:
         plans, reasons = _plans(surveys, distrusted)
         notes += [reason for reason in reasons if reason not in notes]
         best = max((plan.step for plan in plans), default=0) if best is None else best
         offers = {_offer(plan, best): plan for plan in plans}
         stored = [Offer(Rung.CHECKPOINT, step) for step in known.stored if step not in failed][:1]
-        choices = plan_ladder([*offers, *stored], known.prices)
+        remains = None if hopeless or not was_ever_safe(surveys) else plan_remains(surveys, distrusted)
+        lossy = [Offer(Rung.SUBSTITUTE, remains.step, is_lossy=True)] if remains is not None and remains.missing else []
+        choices = plan_ladder([*offers, *stored, *lossy], known.prices)
         if not choices:
             break
         chosen, why = choices[0].offer, tuple(choice.why for choice in choices)
         if chosen.rung is Rung.CHECKPOINT:
-            assert checkpoints is not None
-            problem = _try_checkpoint(state, team, checkpoints, chosen.step, elsewhere)
-            lap("checkpoint")
+            problem = _try_checkpoint(state, team, around, chosen.step)
+            around.lap("checkpoint")
             if not problem:
                 recovery = Recovery("checkpoint", chosen.rung, chosen.step, notes=tuple(notes), choice=why)
                 return Restored(step=chosen.step, recovery=recovery, checkpoint=chosen.step, rate=known.rate)
             notes.append(problem)
             failed.add(chosen.step)
             continue
-        plan = offers[chosen]
-        outcomes = _from_memory(state, team, plan, surveys, sources, host, lap, elsewhere, attach)
+        plan = remains if chosen.rung is Rung.SUBSTITUTE and remains is not None else offers[chosen]
+        outcomes = _from_memory(state, team, plan, surveys, around)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
-        if not damaged:
+        if damaged:
+            notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
+            logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
+            distrusted |= {(node, plan.step) for node in damaged}
+            surveys = _survey(team, around.sources)
+        elif chosen.rung is Rung.SUBSTITUTE:
+            problem = next((f"{outcome.error}: {outcome.message}" for outcome in outcomes if outcome.error), "")
+            if not problem:
+                recovery = Recovery("stage", chosen.rung, plan.step, notes=(*notes, outcomes[0].value), choice=why)
+                return Restored(step=plan.step, recovery=recovery, rate=known.rate)
+            notes.append(f"step {plan.step} cannot be completed by substitution ({problem})")
+            hopeless = True
+        else:
             _raise_first(outcomes)
-            restored = _restored_from(plan, chosen.rung, surveys, team, notes, why)
+            restored = _restored_from(plan, chosen.rung, team, notes, why)
             return replace(restored, checkpoint=max(known.stored, default=0), rate=known.rate)
-        notes += [f"{outcome.message}" for outcome in outcomes if outcome.node is not None]
-        logger.warning("step %d: the memory of node(s) %s is damaged and distrusted", plan.step, sorted(damaged))
-        distrusted |= {(node, plan.step) for node in damaged}
-        surveys = _survey(team, sources)
     if notes and not (known.problems or failed or distrusted or was_ever_safe(surveys)):
         if team.rank == 0:
             logger.warning("no step had been committed yet, so the run begins anew (%s)", "; ".join(notes))
@@ -252,60 +270,53 @@ def _directory(checkpoints: str) -> Place:
 # -- from memory ---------------------------------------------------------------------------------------------------------
 
 
-def _from_memory(
-    state: TrackedState,
-    team: Team,
-    plan: RestorePlan,
-    surveys: list[Survey],
-    sources: Mapping[int, Path],
-    host: str,
-    lap: Lap,
-    elsewhere: Collection[str],
-    attach: Callable[[], None],
-) -> list[Outcome]:
+def _from_memory(state: TrackedState, team: Team, plan: RestorePlan, surveys: list[Survey], around: Around) -> list[Outcome]:
     """Rebuild what is lost, then fill every rank's tensors and attach it; how each rank fared."""
     members = {survey.member.node: survey.member for survey in surveys}
 
     def rebuild() -> None:
         for item in plan.rebuilds:
-            if item.host in sources:
+            if item.host in around.sources:
                 survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
                 fields = {"group": item.group.to_json(), "lost": item.lost}
                 whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                answer = ask_once(sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(around.sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
                 for node, names in answer.get("damaged", {}).items():
                     raise DamagedSlot(
                         int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"
                     )
 
     rebuilt = team.attempt(rebuild) if plan.rebuilds else []
-    lap("rebuild")
+    around.lap("rebuild")
     if any(outcome.error for outcome in rebuilt):
         return rebuilt
-    tables, objects = _tables(team, plan, surveys, sources)
+    table, texts = _tables(team, plan, surveys, around.sources)
 
-    def load() -> None:
-        source = SlotSource(plan, members.values(), tables, host=host)
+    def load() -> str:
+        source = SlotSource(plan, members.values(), table, host=around.host)
         try:
-            for item in state.prepare(source.specs, elsewhere):
+            if plan.missing:
+                return substitute(state, team.rank, around.stages, around.elsewhere, Remains(plan, source, table, texts))
+            for item in state.prepare(source.specs, around.elsewhere):
                 source.load(item, team.rank)
         finally:
             source.close()
-        state.load_texts(objects[str(team.rank if str(team.rank) in objects else team.rank % plan.world)], objects.values())
+        state.load_texts(texts[team.rank if team.rank in texts else team.rank % plan.world], texts.values())
         if plan.world == team.world:
-            attach()
+            around.attach()
+        return ""
 
     outcomes = team.attempt(load)
     if plan.world != team.world and not any(outcome.error for outcome in outcomes):
         # Ranks read each other's slots, and one that is attached may get a larger one in the place of what it held.
-        outcomes = team.attempt(attach)
-    lap("load")
+        outcomes = team.attempt(around.attach)
+    around.lap("load")
     return outcomes
 
 
 def _tables(
     team: Team, plan: RestorePlan, surveys: list[Survey], sources: Mapping[int, Path]
-) -> tuple[FragmentTable, dict[str, dict[str, str]]]:
+) -> tuple[FragmentTable, dict[int, dict[str, str]]]:
     """The fragment tables and objects of all ranks at the plan's step, told by the keepers that hold them."""
     ranks_on = {node: ranks for node in sources if (ranks := plan.ranks_on(node))}
 
@@ -313,12 +324,12 @@ def _tables(
         at = {"step": plan.step, "index": plan.index}
         return b"".join(_packed(*ask_once(sources[node], "tables", ranks=ranks, **at)) for node, ranks in ranks_on.items())
 
-    objects: dict[str, dict[str, str]] = {}
+    objects: dict[int, dict[str, str]] = {}
     tables: list[FragmentTable] = []
     for told in team.all(ask, room_nbytes=_room_of(plan, surveys)):
         for header, table in _unpacked(told):
             tables.append(FragmentTable.from_bytes(table))
-            objects |= header["objects"]
+            objects |= {int(rank): texts for rank, texts in header["objects"].items()}
     return FragmentTable.concat(tables), objects
 
 
@@ -346,9 +357,7 @@ def _unpacked(data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
         yield json.loads(data[start : start + head]), data[start + head : place]
 
 
-def _restored_from(
-    plan: RestorePlan, rung: Rung, surveys: list[Survey], team: Team, notes: list[str], choice: tuple[str, ...]
-) -> Restored:
+def _restored_from(plan: RestorePlan, rung: Rung, team: Team, notes: list[str], choice: tuple[str, ...]) -> Restored:
     rebuilt = [item for item in plan.rebuilds if item.host == item.lost]
     moved = len(plan.rebuilds) > len(rebuilt)
     same_world = plan.world == team.world
@@ -369,9 +378,11 @@ def _raise_first(outcomes: list[Outcome]) -> None:
 # -- from a checkpoint -----------------------------------------------------------------------------------------------------
 
 
-def _try_checkpoint(state: TrackedState, team: Team, checkpoints: str, step: int, elsewhere: Collection[str]) -> str:
+def _try_checkpoint(state: TrackedState, team: Team, around: Around, step: int) -> str:
     """Load it on all ranks; what was wrong with it, or nothing. Errors that another checkpoint would not cure are raised."""
-    outcomes = team.attempt(lambda: _from_checkpoint(state, team.rank, checkpoints, step, elsewhere))
+    checkpoints = around.checkpoints
+    assert checkpoints is not None
+    outcomes = team.attempt(lambda: _from_checkpoint(state, team.rank, checkpoints, step, around.elsewhere))
     damaged = [outcome.message for outcome in outcomes if outcome.error in _DAMAGED]
     if damaged:
         logger.warning("the checkpoint of step %d cannot be used: %s", step, damaged[0])

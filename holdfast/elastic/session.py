@@ -23,6 +23,7 @@ from holdfast.elastic._torch_private import let_go_of_groups
 from holdfast.elastic.chronicle import Before, Chronicle, process_born_s, words_here, words_of_all
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
 from holdfast.elastic.journal import last_attempt, records_of
+from holdfast.elastic.ladder import Rung
 from holdfast.elastic.places import Place, Seat, places_of
 from holdfast.elastic.post import RestartNeeded
 from holdfast.elastic.preemption import Preemption
@@ -30,6 +31,7 @@ from holdfast.elastic.pulse import Heart
 from holdfast.elastic.rehearsal import rehearse
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.sensors import announce
+from holdfast.elastic.substitution import StageNote, noted
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
 from holdfast.environment import Environment, check_job_name, default_job_name
@@ -43,7 +45,7 @@ from holdfast.errors import (
     StateError,
 )
 from holdfast.events import arm_from_text, emit
-from holdfast.redundancy import Redundancy
+from holdfast.redundancy import Redundancy, Stage
 from holdfast.snapshot.capture import Capturer, Stats
 from holdfast.snapshot.capture_plan import plan_capture
 from holdfast.snapshot.client import Endpoint, Link
@@ -88,9 +90,10 @@ class Run:
     what this rank's snapshots came to.
     """
 
-    def __init__(self, state: Mapping[str, Any], settings: Settings) -> None:
+    def __init__(self, state: Mapping[str, Any], settings: Settings, stage: Stage | None = None) -> None:
         self._settings = settings
-        self._tracked = TrackedState(state)
+        self._note = None if stage is None else StageNote(stage)
+        self._tracked = TrackedState(state if self._note is None else noted(state, self._note))
         self.name = check_job_name(settings.name or default_job_name(settings.checkpoints))
         self.step = 0
         self.recovery: Recovery | None = None
@@ -188,8 +191,17 @@ class Run:
 
         surveys = [survey for found in heard for survey in found]
         checkpoints = self._settings.checkpoints
-        heard_of = (met.known, surveys, met.elsewhere)
-        restored = restore.newest(self._tracked, team, sources, host, checkpoints, clock.lap, *heard_of, attach)
+        around = restore.Around(
+            sources=sources,
+            host=host,
+            checkpoints=checkpoints,
+            known=met.known,
+            elsewhere=met.elsewhere,
+            stages=met.stages,
+            lap=clock.lap,
+            attach=attach,
+        )
+        restored = restore.newest(self._tracked, team, around, surveys)
         if restored.recovery is None and met.begun:
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
         if not restored.in_memory:
@@ -208,6 +220,8 @@ class Run:
         if self._witness is not None:
             rung = restored.recovery.rung if restored.recovery else None
             self._witness.started(self.step, rung, link.page["epoch"], self._tracked)
+        if self._note is not None and restored.recovery is not None and restored.recovery.rung is Rung.SUBSTITUTE:
+            self._note.guard()
         if restored.recovery is not None:
             self.recovery = restored.recovery.timed(time.perf_counter() - started, clock.laps)
             self._report(team)
@@ -259,6 +273,7 @@ class Run:
                 "born_s": process_born_s(),
                 "entered_s": entered_s,
                 "begun": self._begun,
+                "stage": asdict(self._note.stage) if self._note else None,
             }
 
         told = team.all(tell)
@@ -271,6 +286,7 @@ class Run:
             entered_s=max(item["entered_s"] for item in told),
             begun=any(item["begun"] for item in told),
             elsewhere=elsewhere,
+            stages=[Stage(**item["stage"]) for item in told if item["stage"]],
         )
 
     def _structure(self) -> bytes:
@@ -433,6 +449,15 @@ class Run:
         capturer.stats.stall_s += time.perf_counter() - started
         guards.tell(capturer.link.page, capturer.stats)
 
+    def note_loss(self, loss: float) -> None:
+        """Tell the loss of a step. After a stage was substituted, those from before say whether training has come back.
+
+        Raises StateError where no stage was given to protect().
+        """
+        if self._note is None:
+            raise StateError("there is no stage to watch; give one to protect(stage=holdfast.Stage(number, count))")
+        self._note.look(float(loss))
+
     def _running(self) -> Capturer:
         if self._capturer is None:
             raise StateError("this run has not been entered; use it as `with holdfast.protect(…) as run:`")
@@ -515,6 +540,7 @@ class _Met:
     begun: bool
     elsewhere: frozenset[str]
     """Names of arrays and optimized parameters that some rank answers for."""
+    stages: list[Stage]
 
 
 def _compare(team: Team, structure: bytes, digests: list[str]) -> frozenset[str]:

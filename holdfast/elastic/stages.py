@@ -6,7 +6,8 @@ say. Its optimizer state begins anew with a scaled learning rate. The first and 
 every second micro-batch runs through the pipeline with the first two and the last two stages swapped, so that each learns to stand
 in for the other, and a copy will do. The authors show its worth for language models of 124 M to 1.5 B parameters.
 
-What comes out is not what was lost. `LossGuard` watches whether training recovers from it, and says so when it does not.
+What comes out is not what was lost. `LossGuard` watches whether training recovers from it, and says so when it does not. Here is
+what is decided; `substitution.py` carries it out.
 """
 
 from __future__ import annotations
@@ -18,9 +19,6 @@ from enum import StrEnum
 from statistics import median
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.optim import Optimizer
 
 from holdfast.errors import ConfigError, LayoutMismatch, SnapshotLost
 
@@ -99,47 +97,6 @@ def _check_alike(one: int, first: Mapping[str, torch.Tensor], two: int, other: M
             f"stages {one} and {two} differ at {different[0]!r}, so there is no average of them; only pipelines of equal stages "
             "can substitute one (name parameters within the stage, not by layer number)"
         )
-
-
-def grad_norm(stage: nn.Module) -> float:
-    """The 2-norm of all gradients of a stage; call it before they are zeroed."""
-    norms = [param.grad.norm() for param in stage.parameters() if param.grad is not None]
-    return float(torch.stack(norms).norm()) if norms else 0.0
-
-
-def exchange(stage: nn.Module, recipe: Recipe, mine: int, ranks: Sequence[int]) -> bool:
-    """Over the default process group: the sources send their state and the lost stage is filled; True on the rank that was filled.
-
-    mine: the stage that this rank holds; ranks: by stage, the rank that holds it. Only the ranks named by the recipe take part.
-    """
-    state = stage.state_dict()
-    if mine == recipe.lost:
-        received = {source: {name: torch.empty_like(tensor) for name, tensor in state.items()} for source, _ in recipe.sources}
-        for source, tensors in received.items():
-            for name in sorted(tensors):
-                dist.recv(tensors[name], src=ranks[source])
-        stage.load_state_dict(mix(received, recipe))
-        return True
-    if mine in dict(recipe.sources):
-        for name in sorted(state):
-            dist.send(state[name].contiguous(), dst=ranks[recipe.lost])
-    return False
-
-
-def begin_anew(optimizer: Optimizer, stage: nn.Module, *, lr_scale: float = LR_SCALE) -> None:
-    """Forget the optimizer state of the stage's parameters and scale their learning rate.
-
-    Raises ConfigError where a parameter group holds parameters of other stages too.
-    """
-    own = {id(param) for param in stage.parameters()}
-    for group in optimizer.param_groups:
-        inside = [id(param) in own for param in group["params"]]
-        if any(inside) and not all(inside):
-            raise ConfigError("a parameter group holds this stage's parameters and others'; give each stage a group of its own")
-        if any(inside):
-            group["lr"] = group["lr"] * lr_scale
-            for param in group["params"]:
-                optimizer.state.pop(param, None)
 
 
 class Finding(StrEnum):

@@ -35,6 +35,17 @@ def cut_anew(name: str, ours: list[list[str]], own: dict[str, Any], of_all: list
     return {"param_groups": groups, "scalars": scalars}
 
 
+def by_place(name: str, ours: list[list[str]], other: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an `other` optimizer for parameters of `ours`, group by group. Raises LayoutMismatch where those differ."""
+    theirs = other["param_groups"]
+    if [len(group["params"]) for group in theirs] != [len(fqns) for fqns in ours]:
+        raise LayoutMismatch(
+            f"{name}: the parameter groups hold {[len(fqns) for fqns in ours]} parameters here and "
+            f"{[len(group['params']) for group in theirs]} on the rank whose settings are to be taken"
+        )
+    return {"param_groups": [{**group, "params": fqns} for group, fqns in zip(theirs, ours, strict=True)], "scalars": {}}
+
+
 def _settings(group: dict[str, Any]) -> str:
     return encode_object({key: value for key, value in group.items() if key != "params"}, "param_group")
 

@@ -70,6 +70,11 @@ class RestorePlan:
     rebuilds: tuple[Rebuild, ...]
     protected: bool
 
+    @property
+    def missing(self) -> list[int]:
+        """The ranks whose bytes nobody holds any more; none, except in what remains of a lost step."""
+        return [rank for rank in range(self.world) if rank not in self.holders]
+
     def ranks_on(self, node: int) -> list[int]:
         """The ranks whose slots are read from `node`."""
         return [rank for rank, holder in self.holders.items() if holder == node]
@@ -93,6 +98,15 @@ def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()
     return None, reasons
 
 
+def plan_remains(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()) -> RestorePlan | None:
+    """What is left of a step that cannot be restored: the one of which most is left, the newest of those. None when nothing is."""
+    found = {
+        (slot.step, slot.epoch, slot.index) for survey in surveys for slot in survey.slots if slot.state >= SlotState.VERIFIED
+    }
+    plans = [_plan_for(*step, surveys, distrusted, [], partial=True) for step in sorted(found, reverse=True)]
+    return min((plan for plan in plans if plan is not None), key=lambda plan: len(plan.missing), default=None)
+
+
 def was_ever_safe(surveys: Sequence[Survey]) -> bool:
     """Whether any step has come as far as parity. None was committed before that, and nothing is lost by beginning anew.
 
@@ -102,7 +116,14 @@ def was_ever_safe(surveys: Sequence[Survey]) -> bool:
 
 
 def _plan_for(
-    step: int, epoch: int, index: int, surveys: Sequence[Survey], distrusted: Distrusted, reasons: list[str]
+    step: int,
+    epoch: int,
+    index: int,
+    surveys: Sequence[Survey],
+    distrusted: Distrusted,
+    reasons: list[str],
+    *,
+    partial: bool = False,
 ) -> RestorePlan | None:
     trusted = [survey for survey in surveys if (survey.member.node, step) not in distrusted]
     groups = {
@@ -129,6 +150,8 @@ def _plan_for(
     rebuilds: list[Rebuild] = []
     for group in groups.values():
         rebuilds += _rebuilds(group, holders, trusted, surveys)
+    if partial:
+        rebuilds = [rebuild for rebuild in rebuilds if not _unrecoverable(rebuild)]
     for rebuild in rebuilds:
         problem = _unrecoverable(rebuild)
         if problem:
@@ -137,7 +160,7 @@ def _plan_for(
         record = rebuild.group.records[rebuild.group.position(rebuild.lost)]
         holders |= {rank.rank: rebuild.host for rank in record.ranks}
     missing = [rank for rank in range(world) if rank not in holders]
-    if missing:
+    if missing and not partial:
         reasons.append(f"step {step} is not complete: {_ranks(missing)} had not captured it, or lost it before it had parity")
         return None
     committed = all(slot.state is SlotState.COMMITTED for _, slot in slots.values())

@@ -23,7 +23,7 @@ from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import decode_object, encode_object
 from holdfast.snapshot.buckets import arrange, buckets_of, replicated
 from holdfast.snapshot.modules import Replicas, bare, check_known, check_whole, fqn_of, homes_of, replicas_of
-from holdfast.snapshot.optimizers import cut_anew, empty_state, put
+from holdfast.snapshot.optimizers import by_place, cut_anew, empty_state, put
 
 RNG, BUCKETS = "rng", "ddp-buckets"
 """The names under which random generators and the order of DDP's sums are kept; not free for objects of the user's."""
@@ -209,6 +209,21 @@ class TrackedState:
         held = [item for item in self.held() if item.name.split("/")[0] not in self.others]
         self._check_same(held, stored, elsewhere)
         return held + self._room_for_others(stored)
+
+    def prepare_anew(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
+        """As `prepare`, for a rank whose own arrays are lost: those of its modules, and optimizers that have not taken a step."""
+        for optimizer in self.optimizers.values():
+            optimizer.state.clear()
+        return [item for item in self.held() if item.name.split("/")[0] in self.modules] + self._room_for_others(stored)
+
+    def texts_by_place(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """The texts of a rank with other parameters, as if they were ours: settings go by place. Raises LayoutMismatch."""
+        found = dict(texts)
+        for name, optimizer in self.optimizers.items():
+            names = self._names(name, optimizer)
+            ours = [[names[id(param)][0] for param in group["params"]] for group in optimizer.param_groups]
+            found[name] = encode_object(by_place(name, ours, decode_object(texts[name])), name)
+        return found
 
     def _room_for_others(self, stored: Mapping[str, ArraySpec]) -> list[Held]:
         """Fresh tensors, given to the objects by `load_texts`: what `state_dict` hands out may be copies, or not be there yet."""

@@ -97,6 +97,7 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--mesh", required=True)
     parser.add_argument("--die", default="[]")
+    parser.add_argument("--stage", action="store_true", help="a lost stage may be substituted")
     args = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -140,6 +141,7 @@ def main() -> None:
             checkpoint_every=args.checkpoint_every,
             redundancy=holdfast.Redundancy(parity=args.parity, nodes_per_host=args.nodes),
             name=args.name,
+            stage=holdfast.Stage(mesh.get_local_rank("pp"), axes["pp"]) if args.stage else None,
         ) as run:
             for step in run.steps(until=last):
                 with step if args.in_place else nullcontext():
@@ -147,7 +149,7 @@ def main() -> None:
                     die_if_due(step, run, model)
                 time.sleep(args.pace)
             recovery = run.recovery
-    facts = {"seen": 0, "lr": scheduler.get_last_lr(), "losses": {"0": 0}}
+    facts = {"seen": 0, "lr": [group["lr"] for group in optimizer.param_groups], "losses": {"0": 0}}
     if recovery is not None:
         facts["recovery"] = {"kind": recovery.kind, "rung": recovery.rung, "step": recovery.step, "notes": list(recovery.notes)}
     torch.save(state_of(model, optimizer), args.out / f"state-{rank}.pt")
