@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,6 +55,7 @@ class Heart:
         self._is_on_cpu = all(item.tensor.device.type == "cpu" for item in tensors)
         self._groups: dict[str, tuple[dist.ProcessGroup, tuple[int, ...]]] = {}
         self._moved: tuple[Any, float] = ((), time.monotonic())
+        self._losses: deque[tuple[int, float]] = deque(maxlen=diagnosis.LOSSES_KEPT)
         self._heard = 0
         self._main = threading.get_ident()
         self._look()
@@ -65,6 +67,10 @@ class Heart:
     def step_done(self, step: int) -> None:
         """On the training thread: this step is complete."""
         self._at_step = step, time.thread_time(), self._entered()
+
+    def note_loss(self, step: int, loss: float) -> None:
+        """On the training thread: compared with other ranks' and those of earlier steps, by the lowest node's keeper."""
+        self._losses.append((step, loss))
 
     def stop(self) -> None:
         """Beat once more and no longer. Returns at once: a recovery does not wait for a keeper that is slow to answer."""
@@ -124,6 +130,7 @@ class Heart:
             busy_s=busy_s if self._is_on_cpu else None,
             peers=self._peers,
             sums=self._sums(),
+            losses=[self._losses.popleft() for _ in range(len(self._losses))],
             stack=stack_of(self._main) if is_still else (),
             left=left,
             after_s=self._after_s,

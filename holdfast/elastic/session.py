@@ -450,13 +450,16 @@ class Run:
         guards.tell(capturer.link.page, capturer.stats)
 
     def note_loss(self, loss: float) -> None:
-        """Tell the loss of a step. After a stage was substituted, those from before say whether training has come back.
+        """Tell the loss of the step at hand, on every rank or on those that have one; in the step's body.
 
-        Raises StateError where no stage was given to protect().
+        A loss that is no number, or far above those of the steps before, is reported as any other trouble is (`detector.verdict`).
+        After a stage was substituted, the losses from before say whether training has come back. Costs a microsecond; fetching a
+        loss from a GPU is up to the caller.
         """
-        if self._note is None:
-            raise StateError("there is no stage to watch; give one to protect(stage=holdfast.Stage(number, count))")
-        self._note.look(float(loss))
+        if self._heart is not None:
+            self._heart.note_loss(self.step + 1, float(loss))
+        if self._note is not None:
+            self._note.look(float(loss))
 
     def _running(self) -> Capturer:
         if self._capturer is None:

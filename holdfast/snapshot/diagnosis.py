@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError
 from holdfast.events import emit
-from holdfast.snapshot.verdicts import Progress, Trouble, Verdict, judge_hang, judge_replicas, judge_stragglers
+from holdfast.snapshot.verdicts import Progress, Trouble, Verdict, judge_hang, judge_losses, judge_replicas, judge_stragglers
 from holdfast.snapshot.wire import Connection, Header
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ PACE_EVERY = 5
 SLOWER_BY, OF_A_STEP = 0.2, 0.1
 """A straggler computes so much longer than its peers, and that is at least so much of a step: less holds nobody up."""
 
+LOSSES_KEPT = 64
+"""Steps whose mean loss is remembered, those of which some rank's is waited for, and those that a rank tells in one pulse."""
+
 LOOKS = 15
 """Portions of what replicas hold alike that are compared in the time after which a hang is said, at most one with each snapshot."""
 
@@ -76,6 +79,8 @@ class Pulse:
     peers: str
     sums: Sequence[tuple[int, Mapping[str, int]]] = ()
     """By step: CRC32C of a portion of what several ranks hold alike, by array."""
+    losses: Sequence[tuple[int, float]] = ()
+    """By step: what the script has told of it since the last pulse."""
     stack: Sequence[str] = ()
     left: bool = False
     after_s: float = 30.0
@@ -114,10 +119,16 @@ class Ledger:
         self._steps_s: deque[float] = deque(maxlen=32)
         self._newest = (-1, 0.0)
         self._sums: dict[int, dict[int, Mapping[str, int]]] = {}
+        self._losses: dict[int, dict[int, float]] = {}
+        self._means: deque[float] = deque(maxlen=LOSSES_KEPT)
+        self._tellers: set[int] = set()
 
     def hear(self, rank: int, said: Pulse, now_s: float) -> None:
         for step, sums in said.sums:
             self._sums.setdefault(step, {})[rank] = sums
+        for step, loss in said.losses:
+            self._losses.setdefault(step, {})[rank] = loss
+            self._tellers.add(rank)
         before = self._ranks.get(rank)
         self._note_step(said.step, now_s)
         if before is None:
@@ -189,6 +200,21 @@ class Ledger:
         for step in sorted(self._sums)[:-STEPS_KEPT]:
             del self._sums[step]  # some rank was busy when that step was captured
         return max(found, key=lambda verdict: verdict.confidence, default=None)
+
+    def loss(self) -> Verdict | None:
+        """Whether a step's loss is no number, or far above those before: of the steps that all who tell any have told by now."""
+        found = None
+        for step in sorted(self._losses):
+            told = self._losses[step]
+            if told.keys() != self._tellers and len(self._losses) <= LOSSES_KEPT:
+                break  # in order: what comes after it is compared with it
+            del self._losses[step]
+            verdict = judge_losses(told, self._means)
+            if verdict is None:
+                self._means.append(sum(told.values()) / len(told))
+            else:
+                found = found or replace(verdict, evidence=(f"in step {step}", *verdict.evidence))
+        return found
 
     def straggler(self) -> Verdict | None:
         """Who computes longer than the ranks that do the same work, by enough to hold them up."""
@@ -282,7 +308,7 @@ class Diagnosis:
             if now_s - self._judged_s < self._after_s / PULSES:
                 return
             self._judged_s, self._judged = now_s, self._judged + 1
-            found = [self._ledger.corruption(), self._ledger.hang(now_s)]
+            found = [self._ledger.corruption(), self._ledger.loss(), self._ledger.hang(now_s)]
             if self._judged % PACE_EVERY == 0:
                 found.append(self._ledger.straggler())
             fresh = [verdict for verdict in found if verdict is not None and self._is_due(verdict, now_s)]

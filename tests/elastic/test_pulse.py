@@ -29,9 +29,10 @@ def test_who_holds_a_run_up_is_said_with_evidence_and_of_a_healthy_one_nothing(j
     said, *others = [json.loads((job.place / f"said-{rank}.json").read_text()) for rank in range(3)]
     assert others == [[], []], "the lowest rank that is not guilty speaks for all"
     found = [(verdict["trouble"], verdict["guilty"]) for verdict in said]
-    assert found == [("straggler", [1]), ("hang", [1]), ("hang", [2]), ("silent corruption", [1])], "no more"
-    slow, stopped, stuck, flipped = (" | ".join(verdict["evidence"]) for verdict in said)
+    assert found == [("straggler", [1]), ("loss", [2]), ("hang", [1]), ("hang", [2]), ("silent corruption", [1])], "no more"
+    slow, jumped, stopped, stuck, flipped = (" | ".join(verdict["evidence"]) for verdict in said)
     assert "rank 1 computes" in slow
+    assert "the mean loss is 3334, " in jumped
     assert "is stopped: SIGCONT wakes it" in stopped
     assert "is in stuck_in_my_own_code" in stuck
     assert "model/weight: rank 1 differs from 2 others" in flipped
@@ -39,9 +40,9 @@ def test_who_holds_a_run_up_is_said_with_evidence_and_of_a_healthy_one_nothing(j
         assert "default_pg (0) of ranks 0 to 2: collective" in evidence
         assert "rank 0 waits in" in evidence
     written = read_verdicts(job.place / "runtime" / "records" / "w", 1)
-    told = ["straggler: rank 1", "hang: rank 1", "hang: rank 2", "silent corruption: rank 1"]
+    told = ["straggler: rank 1", "loss: rank 2", "hang: rank 1", "hang: rank 2", "silent corruption: rank 1"]
     assert [line.partition(" (")[0] for line in written] == told
-    assert written[1] in done.stderr, "the log says it in the same words"
+    assert written[2] in done.stderr, "the log says it in the same words"
 
 
 def test_an_incident_tells_what_was_found_before_it(tmp_path):

@@ -120,8 +120,6 @@ def test_the_name_of_the_note_is_taken_where_stages_are_given():
     model = nn.Linear(2, 2)
     with pytest.raises(StateError, match="the name 'stage' is taken"):
         holdfast.protect({"stage": model}, stage=Stage(0, 2))
-    with pytest.raises(StateError, match="there is no stage to watch"):
-        holdfast.protect({"model": model}).note_loss(1.0)
 
 
 def test_a_guard_accepts_what_recovers_and_rejects_what_does_not():

@@ -1,5 +1,5 @@
-"""Three ranks that train well, then with a slow one, one that is stopped, one that is stuck and one with a flipped bit:
-`watched.py OUT`.
+"""Three ranks that train well, then with a slow one, a loss that jumps, one that is stopped, one that is stuck and one with a
+flipped bit: `watched.py OUT`.
 
 Each stage lasts until its trouble has been said, the first one for 60 steps.
 """
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import holdfast
 from holdfast.elastic.session import Run
 
-STAGES = ("well", "slow", "stop", "sleep", "flip")
+STAGES = ("well", "slow", "jump", "stop", "sleep", "flip")
 out = Path(sys.argv[1])
 
 
@@ -55,6 +55,7 @@ def train(run: Run, model: Any, optimizer: Any, rank: int) -> None:
         model(torch.randn(4, 6)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        run.note_loss(1e4 if STAGES[now] == "jump" and step == since and rank == 2 else 1.0)
         if STAGES[now] == "flip" and step == since and rank == 1:
             with torch.no_grad():
                 model.module.weight.view(torch.int32)[2, 3] ^= 1 << 9
@@ -81,7 +82,7 @@ def main() -> None:
         if event.name == "detector.verdict":
             said.append(dict(event.fields))
             hang = "stop" if event.fields["guilty"] == (1,) else "sleep"
-            stage = {"straggler": "slow", "hang": hang, "silent corruption": "flip"}[event.fields["trouble"]]
+            stage = {"straggler": "slow", "loss": "jump", "hang": hang, "silent corruption": "flip"}[event.fields["trouble"]]
             (out / f"told-{stage}").touch()
             if stage == "stop":
                 os.kill(int((out / "pid-1").read_text()), signal.SIGCONT)

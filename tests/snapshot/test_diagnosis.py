@@ -219,3 +219,40 @@ def test_steps_that_some_rank_has_not_summed_are_forgotten() -> None:
         ledger.hear(0, summed({step: {"w": 1}}, 0), 4.0)
         assert ledger.corruption() is None
     assert len(ledger._sums) <= 16
+
+
+def told(losses: dict[int, dict[int, float]]) -> Ledger:
+    """By step, what each rank tells of its loss."""
+    ledger = Ledger()
+    for step, of_ranks in losses.items():
+        for rank, loss in of_ranks.items():
+            ledger.hear(rank, pulse(step, 0, losses=[(step, loss)]), float(step))
+    return ledger
+
+
+def test_a_loss_far_above_those_before_is_said_with_its_step_and_the_rank_that_stands_out() -> None:
+    well = {step: dict.fromkeys(range(3), 1.0 + 0.01 * (step % 3)) for step in range(1, 21)}
+    assert told(well).loss() is None
+    ledger = told({**well, 21: {0: 1.0, 1: 90.0, 2: 1.0}, 22: well[1]})
+    verdict = ledger.loss()
+    assert verdict is not None
+    assert (verdict.trouble, verdict.guilty) == (Trouble.LOSS, (1,))
+    assert verdict.evidence[0] == "in step 21"
+    assert ledger.loss() is None
+
+
+def test_one_ranks_nan_is_its_own_and_of_all_ranks_is_nobodys() -> None:
+    nan = float("nan")
+    alone, of_all = told({3: {0: 1.0, 1: nan}}).loss(), told({3: {0: nan, 1: nan}}).loss()
+    assert alone is not None
+    assert of_all is not None
+    assert (alone.guilty, of_all.guilty) == ((1,), ())
+
+
+def test_losses_are_judged_once_all_who_tell_any_have_told_and_not_waited_for_for_ever() -> None:
+    ledger = told({1: {2: 1.0, 5: 1.0}, 2: {2: float("nan")}})
+    assert ledger.loss() is None, "rank 5 has not told of step 2 yet"
+    ledger.hear(5, pulse(2, 0, losses=[(2, 1.0)]), 2.0)
+    assert ledger.loss() is not None
+    late = told({1: {0: 1.0, 1: 1.0}, **{step: {0: float("nan")} for step in range(2, 80)}})
+    assert late.loss() is not None, "rank 1 tells nothing any more"
