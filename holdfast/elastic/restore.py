@@ -277,10 +277,7 @@ def _from_memory(state: TrackedState, team: Team, plan: RestorePlan, surveys: li
     def rebuild() -> None:
         for item in plan.rebuilds:
             if item.host in around.sources:
-                survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
-                fields = {"group": item.group.to_json(), "lost": item.lost}
-                whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-                answer = ask_once(around.sources[item.host], "rebuild", survivors=survivors, **fields, **whole)
+                answer = ask_once(around.sources[item.host], "rebuild", **item.to_json(members))
                 for node, names in answer.get("damaged", {}).items():
                     raise DamagedSlot(
                         int(node), f"step {plan.step}: {', '.join(names)} of node {node} no longer have their crc32c"

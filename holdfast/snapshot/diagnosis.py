@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import HoldfastError
 from holdfast.events import emit
+from holdfast.snapshot.peers import ask
 from holdfast.snapshot.verdicts import Progress, Trouble, Verdict, judge_hang, judge_losses, judge_replicas, judge_stragglers
-from holdfast.snapshot.wire import Connection, Header
+from holdfast.snapshot.wire import Header
 
 if TYPE_CHECKING:
     from holdfast.snapshot.keeper import Keeper
@@ -348,12 +349,7 @@ class Diagnosis:
         seen = []
         for rank in verdict.guilty[:3] if verdict.trouble is Trouble.HANG else ():
             try:
-                member = nodes[rank]
-                connection = Connection((member.address, member.port), member.token, timeout_s=5)
-                try:
-                    seen.append(f"rank {rank}: {connection.ask('whereabouts', rank=rank)['text']}")
-                finally:
-                    connection.close()
+                seen.append(f"rank {rank}: {ask(nodes[rank], 'whereabouts', timeout_s=5, rank=rank)['text']}")
             except (HoldfastError, KeyError) as error:
                 seen.append(f"rank {rank}: its keeper cannot be asked ({error})")
         found = Verdict(verdict.trouble, verdict.guilty, verdict.confidence, (*verdict.evidence, *seen))

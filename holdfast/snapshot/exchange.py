@@ -17,6 +17,7 @@ import numpy as np
 
 from holdfast.coding import ErasureCode, crc32c, staggered
 from holdfast.errors import CorruptData, MissingData
+from holdfast.snapshot.peers import reach
 from holdfast.snapshot.slots import Slot
 from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, stride
 from holdfast.snapshot.wire import Connection
@@ -97,7 +98,7 @@ class SlotReader:
 
     def _connected(self) -> Connection:
         if self._connection is None:
-            self._connection = Connection((self.member.address, self.member.port), self.member.token)
+            self._connection = reach(self.member)
         return self._connection
 
     def close(self) -> None:

@@ -34,8 +34,9 @@ from holdfast.snapshot.coordinator import (
     Stop,
 )
 from holdfast.snapshot.interval import ASSUMED_CHECKPOINT_S, Intervals, Pace, checkpoint_seconds, is_news
+from holdfast.snapshot.peers import ask
 from holdfast.snapshot.view import Member, View
-from holdfast.snapshot.wire import Connection, Header
+from holdfast.snapshot.wire import Header
 
 if TYPE_CHECKING:
     from holdfast.snapshot.keeper import Keeper
@@ -210,9 +211,7 @@ class Lead:
         def release() -> None:
             for guest in guests:
                 try:
-                    connection = Connection((guest.address, guest.port), guest.token)
-                    connection.ask("shutdown")
-                    connection.close()
+                    ask(guest, "shutdown", timeout_s=60)
                 except KeeperUnreachable as error:
                     logger.info("node %d, no longer a member, is gone already: %s", guest.node, error)
 
@@ -264,11 +263,7 @@ class Lead:
 def _tell_the_end(member: Member, epoch: int, problem: str) -> bool:
     """True when the member has heard of it, or belongs to a newer epoch."""
     try:
-        connection = Connection((member.address, member.port), member.token, timeout_s=10)
-        try:
-            connection.ask("ended", epoch=epoch, problem=problem)
-        finally:
-            connection.close()
+        ask(member, "ended", timeout_s=10, epoch=epoch, problem=problem)
     except KeeperUnreachable:
         return False
     except HoldfastError as error:

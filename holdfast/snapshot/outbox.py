@@ -7,6 +7,7 @@ import queue
 import threading
 
 from holdfast.errors import HoldfastError, KeeperUnreachable
+from holdfast.snapshot.peers import reach
 from holdfast.snapshot.view import Member
 from holdfast.snapshot.wire import Connection, Handler, Header
 
@@ -41,7 +42,7 @@ class Outbox:
                 if self._member.node == self._node:
                     self._deliver(message.pop("verb"), {**message, "connection": 0}, memoryview(b""))
                 else:
-                    connection = connection or Connection((self._member.address, self._member.port), self._member.token)
+                    connection = connection or reach(self._member)
                     connection.ask(message.pop("verb"), **message)
             except KeeperUnreachable as error:
                 connection = None

@@ -54,6 +54,16 @@ class Rebuild:
     survivors: tuple[int, ...]
     with_parity: tuple[int, ...]
 
+    def to_json(self, members: Mapping[int, Member]) -> dict[str, Any]:
+        """What the keeper of `host` has to be told, with how the survivors are reached."""
+        return {
+            "group": self.group.to_json(),
+            "lost": self.lost,
+            "survivors": [members[node].to_json() for node in sorted({*self.survivors, *self.with_parity})],
+            "with_data": list(self.survivors),
+            "with_parity": list(self.with_parity),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class RestorePlan:

@@ -16,14 +16,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from holdfast import ckpt
 from holdfast.errors import HoldfastError, StaleEpoch
 from holdfast.events import crash_point, emit
+from holdfast.snapshot.peers import ask
 from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
 from holdfast.snapshot.view import Member, View
-from holdfast.snapshot.wire import Connection, Header
+from holdfast.snapshot.wire import Header
 
 if TYPE_CHECKING:
     from holdfast.snapshot.keeper import Keeper
@@ -182,9 +183,7 @@ def _carry_out(plan: RestorePlan, members: Mapping[int, Member]) -> dict[int, li
     """Have every keeper that is named in the plan rebuild what was lost; the slots that turned out damaged, by node."""
     damaged: dict[int, list[str]] = {}
     for item in plan.rebuilds:
-        survivors = [members[node].to_json() for node in sorted({*item.survivors, *item.with_parity})]
-        whole = {"with_data": list(item.survivors), "with_parity": list(item.with_parity)}
-        answer = ask(members[item.host], "rebuild", group=item.group.to_json(), lost=item.lost, survivors=survivors, **whole)
+        answer = ask(members[item.host], "rebuild", **item.to_json(members))
         damaged |= {int(node): names for node, names in answer.get("damaged", {}).items()}
     return damaged
 
@@ -194,12 +193,3 @@ def newest_checkpoint(checkpoints: str | None) -> int:
     if checkpoints is None or not Path(checkpoints).is_dir():
         return 0
     return max((info.step for info in ckpt.list_steps(checkpoints) if ckpt.is_sound(info)), default=0)
-
-
-def ask(member: Member, verb: str, /, **fields: Any) -> Any:
-    """One question to a keeper; a long answer is waited for."""
-    connection = Connection((member.address, member.port), member.token, timeout_s=600)
-    try:
-        return connection.ask(verb, **fields)
-    finally:
-        connection.close()

@@ -22,10 +22,11 @@ from holdfast.coding import crc32c
 from holdfast.errors import ClusterError, CorruptData, HoldfastError
 from holdfast.events import crash_point
 from holdfast.snapshot.exchange import Decoder, slot_name
+from holdfast.snapshot.peers import ask, reach
 from holdfast.snapshot.slots import Slot, SlotHeader, SlotState
 from holdfast.snapshot.store import META_ROOM
 from holdfast.snapshot.view import GroupRecord, Member, RankRecord, stride
-from holdfast.snapshot.wire import Connection, Header, Reply
+from holdfast.snapshot.wire import Header, Reply
 
 if TYPE_CHECKING:
     from holdfast.snapshot.keeper import Keeper
@@ -236,7 +237,7 @@ class Repair:
 
 def _fetch(worker: Member, task: Task, decoder: Decoder, blocks: list[tuple[int, int]], store: Store) -> None:
     """Have `worker` decode these blocks, and store what it sends."""
-    connection = Connection((worker.address, worker.port), worker.token)
+    connection = reach(worker)
     wanted = [(stripe, base, *piece) for stripe, base in blocks for piece in decoder.pieces()]
     scratch = memoryview(bytearray(max(nbytes for *_, nbytes in wanted)))
 
@@ -261,11 +262,7 @@ def _fetch(worker: Member, task: Task, decoder: Decoder, blocks: list[tuple[int,
 def rotten(member: Member, group: GroupRecord) -> list[str]:
     """The damaged slots of a survivor; raises nothing that reading its bytes would not raise as well."""
     try:
-        connection = Connection((member.address, member.port), member.token, timeout_s=600)
-        try:
-            return list(connection.ask("check", epoch=group.epoch, step=group.step, index=group.index)["damaged"])
-        finally:
-            connection.close()
+        return list(ask(member, "check", epoch=group.epoch, step=group.step, index=group.index)["damaged"])
     except HoldfastError:
         return []
 

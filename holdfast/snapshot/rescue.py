@@ -20,6 +20,7 @@ from holdfast.coding import Group
 from holdfast.errors import HoldfastError, KeeperUnreachable
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
+from holdfast.snapshot.peers import ask, reach
 from holdfast.snapshot.plan import Survey, plan_restore
 from holdfast.snapshot.regroup import make_whole, newest_checkpoint
 from holdfast.snapshot.view import Member, View
@@ -109,7 +110,7 @@ class Rescue:
             members, surveys = [], []
             for member in view.members:
                 try:
-                    surveys.append(Survey.from_json(_ask(member, "survey")))
+                    surveys.append(Survey.from_json(ask(member, "survey", timeout_s=ANSWER_S)))
                     members.append(member)
                 except KeeperUnreachable:
                     continue
@@ -139,8 +140,7 @@ class Rescue:
         try:
             connection = self._connections.get(member.node)
             if connection is None:
-                address = (member.address, member.port)
-                connection = self._connections[member.node] = Connection(address, member.token, timeout_s=ANSWER_S)
+                connection = self._connections[member.node] = reach(member, timeout_s=ANSWER_S)
             connection.ask("ping")
         except HoldfastError:
             self._connections.pop(member.node, None)
@@ -156,11 +156,3 @@ class Rescue:
 def is_endangered(group: Group, lost: set[int]) -> bool:
     """Everything can still be rebuilt, and after one more loss it could not."""
     return 0 < len(lost) == group.layout.m
-
-
-def _ask(member: Member, verb: str) -> dict[str, object]:
-    connection = Connection((member.address, member.port), member.token, timeout_s=ANSWER_S)
-    try:
-        return connection.ask(verb)  # type: ignore[no-any-return]
-    finally:
-        connection.close()

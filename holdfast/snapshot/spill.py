@@ -17,7 +17,8 @@ from holdfast.arrays import Fragment, FragmentTable, check_coverage, distinct_fr
 from holdfast.ckpt.storage import Place, is_remote, place
 from holdfast.errors import StaleEpoch
 from holdfast.events import crash_point
-from holdfast.snapshot.view import Member, View
+from holdfast.snapshot.peers import reach
+from holdfast.snapshot.view import View
 from holdfast.snapshot.wire import Connection
 
 
@@ -39,7 +40,7 @@ def write_checkpoint(
     with ExitStack() as stack:
         connections = {}
         for member in view.members:
-            connections[member.node] = _connect(member)
+            connections[member.node] = reach(member, timeout_s=3600)
             stack.callback(connections[member.node].close)
         table, objects, holders = gather(view, step, index, **sender)
         check_table(table)
@@ -79,7 +80,7 @@ def gather(view: View, step: int, index: int, **sender: Any) -> tuple[FragmentTa
     objects: dict[int, dict[str, str]] = {}
     holders: dict[int, int] = {}
     for member in view.members:
-        connection = _connect(member)
+        connection = reach(member, timeout_s=3600)
         try:
             header, data = connection.ask("tables", step=step, index=index, **sender)
         finally:
@@ -118,10 +119,6 @@ def check_table(table: FragmentTable) -> None:
     for row in table:
         pieces[row.array].append(row.box)
     check_coverage(specs.values(), pieces)
-
-
-def _connect(member: Member) -> Connection:
-    return Connection((member.address, member.port), member.token, timeout_s=3600)
 
 
 def _everywhere(connections: dict[int, Connection], verb: str, payload: bytes, **fields: Any) -> None:

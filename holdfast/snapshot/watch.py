@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from holdfast.errors import HoldfastError
 from holdfast.events import emit
 from holdfast.snapshot.exchange import SlotReader
+from holdfast.snapshot.peers import ask
 from holdfast.snapshot.scrub import Drilled, Scrubbed, Scrubber
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.view import GroupRecord, Member, View, effective_parity
-from holdfast.snapshot.wire import Connection
 
 if TYPE_CHECKING:
     from holdfast.snapshot.keeper import Keeper
@@ -209,9 +209,5 @@ class Watch:
 def _ask(member: Member) -> Health | None:
     """What a peer says of itself, or None."""
     with suppress(HoldfastError, TypeError, KeyError, ValueError):
-        connection = Connection((member.address, member.port), member.token, timeout_s=PEER_PATIENCE_S)
-        try:
-            return Health(**connection.ask("health"))
-        finally:
-            connection.close()
+        return Health(**ask(member, "health", timeout_s=PEER_PATIENCE_S))
     return None

@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import encode_object
@@ -280,7 +279,10 @@ def test_what_cannot_be_put_back_byte_by_byte_is_refused_at_the_start(make, word
         TrackedState({"m": make()})
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own: about jit, and about FSDP1 itself
 def test_wrappers_of_torch_that_keep_state_out_of_sight_are_refused_with_what_to_use_instead() -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = nn.Linear(2, 2)
