@@ -43,7 +43,8 @@ def dies(kind: str, *ranks: int, committed: int) -> list[str]:
     return ["--die", json.dumps([{"step": committed, "kind": kind, "ranks": ranks, "committed": committed}])]
 
 
-@pytest.mark.parametrize(("mesh", "ranks"), [*LAYOUTS, *campaign(MORE_LAYOUTS)])
+@pytest.mark.campaign
+@pytest.mark.parametrize(("mesh", "ranks"), LAYOUTS)
 def test_a_node_lost_with_its_memory_is_rebuilt_under_any_layout(job, mesh, ranks):
     shape = ("--mesh", mesh, "--steps", "12")
     reference = job.run(*shape, "--bare", ranks=ranks, script=SCRIPT)

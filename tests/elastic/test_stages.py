@@ -209,10 +209,10 @@ def test_a_pipeline_is_back_at_its_loss_after_losing_a_stage(lost):
 
 
 def lose_stage(job, number, *, parity=0):
-    """Four stages end after a few steps, and the node of one is lost with its memory; how they start again."""
-    shape = ("--mesh", "pp=4", "--nodes", "4", "--parity", str(parity), "--stage")
+    """Three stages end after a few steps, and the node of one is lost with its memory; how they start again."""
+    shape = ("--mesh", "pp=3", "--nodes", "3", "--parity", str(parity), "--stage")
     entry = {"step": 4, "kind": "exception", "ranks": [0], "committed": 4}
-    failed = job.run(*shape, "--die", json.dumps([entry]), ranks=4, restarts=0, ok=False, script=LAYOUTS)
+    failed = job.run(*shape, "--die", json.dumps([entry]), ranks=3, restarts=0, ok=False, script=LAYOUTS)
     assert failed.code != 0
     node = next(job.memory.glob(f"*/t/node-{number}"))
     job.kill_keepers(node)
@@ -222,26 +222,29 @@ def lose_stage(job, number, *, parity=0):
 
 def test_a_stage_that_nothing_can_give_back_is_the_average_of_its_neighbours_and_the_others_are_what_they_were(job):
     shape, out = lose_stage(job, 1)
-    again = job.run(*shape, ranks=4, out=out, script=LAYOUTS)
+    again = job.run(*shape, ranks=3, out=out, script=LAYOUTS)
     found = again.facts[0]["recovery"]
     assert (found["kind"], found["rung"]) == ("stage", "stage substitution")
     weights = [float(weight) for weight in re.findall(r"([0-9.]+) × stage", found["notes"][-1])]
     assert sum(weights) == pytest.approx(1, abs=2e-3)
-    bare = job.run("--mesh", "pp=4", "--bare", "--halt", str(found["step"]), ranks=4, script=LAYOUTS).states
-    for rank in (0, 2, 3):
+    bare = job.run("--mesh", "pp=3", "--bare", "--halt", str(found["step"]), ranks=3, script=LAYOUTS).states
+    for rank in (0, 2):
         assert not [name for name in bare[rank] if not torch.equal(bare[rank][name], again.states[rank][name])]
     substitute = again.states[1]
     assert not [name for name in substitute if "/" in name], "its optimizer has taken no step"
     for name, tensor in substitute.items():
-        sides = [bare[rank][name.replace("layers.1", f"layers.{rank}")] for rank in (0, 2)]
-        torch.testing.assert_close(tensor, weights[0] * sides[0] + weights[1] * sides[1], rtol=2e-3, atol=2e-4)
+        layer = int(name.split(".")[1])
+        sides = [bare[rank][name.replace(f"layers.{layer}", f"layers.{layer + 2 * rank - 2}")] for rank in (0, 2)]
+        torch.testing.assert_close(
+            tensor, weights[0] * sides[0] + weights[1] * sides[1], rtol=2e-3, atol=2e-3
+        )  # the weights are told with three digits
     assert again.facts[1]["lr"][0] == pytest.approx(1.2 * again.facts[0]["lr"][0])
 
 
 @pytest.mark.campaign
 def test_parity_comes_before_substitution(job):
     shape, out = lose_stage(job, 1, parity=1)
-    again = job.run(*shape, ranks=4, out=out, script=LAYOUTS)
+    again = job.run(*shape, ranks=3, out=out, script=LAYOUTS)
     assert {facts["recovery"]["rung"] for facts in again.facts} == {"parity"}
 
 
@@ -251,7 +254,7 @@ def test_a_stage_whose_neighbour_is_lost_as_well_is_said_loudly(job):
     node = next(job.memory.glob("*/t/node-2"))
     job.kill_keepers(node)
     shutil.rmtree(node)
-    again = job.run(*shape, ranks=4, out=out, restarts=0, ok=False, script=LAYOUTS)
+    again = job.run(*shape, ranks=3, out=out, restarts=0, ok=False, script=LAYOUTS)
     assert again.code != 0
     assert "stage 1 cannot be substituted: stage 2 beside it is lost as well" in again.log
 

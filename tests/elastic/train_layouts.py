@@ -23,7 +23,7 @@ from train import Deaths
 import holdfast
 from holdfast.elastic.faults.job import arguments, whole
 
-LAYERS, WIDTH, INNER, EXPERTS, ROWS = 4, 12, 20, 4, 8
+LAYERS, WIDTH, INNER, EXPERTS, ROWS = 6, 12, 20, 4, 8
 
 
 class Block(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 
 from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import encode_object
@@ -292,6 +293,23 @@ def test_wrappers_of_torch_that_keep_state_out_of_sight_are_refused_with_what_to
             TrackedState({"model": nn.Sequential(FullyShardedDataParallel(model, device_id=torch.device("cpu")))})
     finally:
         dist.destroy_process_group()
+
+
+def test_parameters_that_ddp_ignores_are_this_ranks_own() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.ModuleDict({"shared": nn.Linear(2, 2), "expert": nn.Linear(2, 2)})
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["expert.weight", "expert.bias"])
+        replicated = DistributedDataParallel(model)
+        optimizer = torch.optim.SGD(replicated.parameters(), lr=0.1, momentum=0.9)
+        sum(part(torch.ones(1, 2)).sum() for part in model.values()).backward()
+        optimizer.step()
+        held = {item.name: item.placement.expected for item in TrackedState({"model": replicated, "optim": optimizer}).held()}
+    finally:
+        dist.destroy_process_group()
+    assert len(held) == 8
+    assert {name: ranks for name, ranks in held.items() if name.startswith("model/shared") and ranks != (0,)} == {}
+    assert {name: ranks for name, ranks in held.items() if "expert" in name and ranks != ()} == {}
 
 
 def test_what_a_hook_adds_to_a_state_dict_comes_back() -> None:
