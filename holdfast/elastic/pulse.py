@@ -112,6 +112,8 @@ class Heart:
                 self._hear(answer["verdicts"])
             if left:
                 break
+        # Whoever still has the run must not keep gloo's threads alive: one that is busy when Python ends aborts the process.
+        self._groups = {}
         if line is not None:
             line.close()
 
