@@ -123,6 +123,11 @@ class Communicator:
                 Repeating(name, inner, self._transcript, _done) if self.alone else Listening(name, inner, self._transcript)
             )
 
+    def forget(self, group: SwapGroup) -> None:
+        """The script has destroyed this group; later epochs are without it."""
+        if group in self._groups:
+            self._groups.remove(group)
+
     def end_prologue(self) -> bytes | None:
         """The script has reached protect(). What this rank heard until then; None where it is known, or was repeated.
 
@@ -230,6 +235,8 @@ class SwapGroup(ProcessGroup):
     def __init__(self, rank: int, size: int, name: str, timeout: datetime.timedelta) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg] # the stub lacks this form
         self._rank, self._size, self._timeout = rank, size, timeout
+        self.at_end: Callable[[SwapGroup], None] = lambda _: None
+        """Told when the script has destroyed this group."""
         self.name_of_group = name
         self.inner: Any = _Alone(rank, size)
 
@@ -270,10 +277,15 @@ class SwapGroup(ProcessGroup):
     def _get_backend(self, device: torch.device) -> Any:
         return self.inner._get_backend(device)
 
-    def _nothing(self, *_: Any, **__: Any) -> None:
-        """The groups live as long as the process: what ends them is a new epoch, or its end."""
+    def shutdown(self) -> None:
+        """By `destroy_process_group`. The transport's threads end with it: one that is busy when Python ends aborts the process."""
+        self.inner = _Ended()
+        self.at_end(self)
 
-    _set_group_desc = shutdown = abort = _nothing
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        """A transport ends with its epoch, or with the group."""
+
+    _set_group_desc = abort = _nothing
 
 
 def _forward(name: str) -> Callable[..., Any]:
@@ -330,6 +342,13 @@ class _Alone:
         )
 
 
+class _Ended:
+    """In the place of a transport whose group was destroyed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{name} is asked of a process group that was destroyed")
+
+
 def _done(result: Any) -> Any:
     future: torch.futures.Future[Any] = torch.futures.Future()
     future.set_result(result)
@@ -345,6 +364,7 @@ def install(communicator: Communicator) -> None:
     def create(options: Any, _: Any) -> SwapGroup:
         group = SwapGroup(options.group_rank, options.group_size, options.group_id, options.timeout or TIMEOUT)
         communicator.adopt(group)
+        group.at_end = communicator.forget
         return group
 
     dist.Backend.register_backend(BACKEND, create, extended_api=True, devices=["cpu"])

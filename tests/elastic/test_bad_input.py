@@ -170,20 +170,22 @@ import glob, os, holdfast, torch, torch.distributed as dist
 dist.init_process_group("gloo")
 model = torch.nn.Linear(3, 2)
 with holdfast.protect({"model": model}, name="x") as run:
-    for _ in run.steps(until=2):
-        dist.barrier()
+    for step in run.steps(until=2):
+        with step:
+            dist.barrier()
 dist.destroy_process_group()
 left = [path for path in glob.glob("/proc/self/task/*/comm") if "gloo" in open(path).read()]
 print(f"left: {left}", flush=True)
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_group_that_is_destroyed_after_a_run_leaves_no_thread_that_could_abort_the_end_of_the_process(job, ranks):
+@pytest.mark.parametrize(("ranks", "launcher"), [(1, ()), (2, ()), (2, ("-m", "holdfast.elastic.run"))])
+def test_a_group_that_is_destroyed_after_a_run_leaves_no_thread_that_could_abort_the_end_of_the_process(job, ranks, launcher):
     """Also while the run is still at hand."""
     script = job.place / "leave.py"
     script.write_text(LEAVE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*torchrun, *launcher, str(script)]
     done = subprocess.run(command, env=job.env, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, "left: []\n" * ranks), done.stderr
 
