@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from holdfast.arrays import FragmentTable
@@ -51,8 +52,9 @@ class StageNote:
     def _measure(self, number: int, optimizer: Optimizer) -> None:
         params = (param for group in optimizer.param_groups for param in group["params"])
         grads = [local_part(param.grad) for param in params if param.grad is not None]
+        grads = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
         if grads:
-            self._squares[number] = torch.stack([norm.float() for norm in torch._foreach_norm(grads)]).square().sum()
+            self._squares[number] = get_total_norm(grads).float().square()
 
     def state_dict(self) -> dict[str, Any]:
         square = sum(float(square) for square in self._squares.values())
