@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from holdfast.arrays import ArraySpec
 from holdfast.errors import LayoutMismatch
@@ -32,7 +33,7 @@ def cut_anew(name: str, ours: list[list[str]], own: dict[str, Any], of_all: list
             )
         groups.append({**decode_object(found[0][1]), "params": fqns})
     scalars = {fqn: source[fqn][1]["scalars"][fqn] for fqns in ours for fqn in fqns if fqn in source[fqn][1]["scalars"]}
-    return {"param_groups": groups, "scalars": scalars}
+    return {"param_groups": groups, "scalars": scalars, "order": own.get("order", ())}
 
 
 def by_place(name: str, ours: list[list[str]], other: dict[str, Any]) -> dict[str, Any]:
@@ -44,6 +45,20 @@ def by_place(name: str, ours: list[list[str]], other: dict[str, Any]) -> dict[st
             f"{[len(group['params']) for group in theirs]} on the rank whose settings are to be taken"
         )
     return {"param_groups": [{**group, "params": fqns} for group, fqns in zip(theirs, ours, strict=True)], "scalars": {}}
+
+
+def in_order(optimizer: Optimizer, order: Sequence[str]) -> None:
+    """Give every parameter's state the order that its keys had when it was captured.
+
+    A rank that was replaced holds what was put back, the others what their optimizer has made. Code that goes through it with
+    collectives, as every export of whole tensors does, pairs them by this order.
+    """
+    places = {key: place for place, key in enumerate(order)}
+    for state in optimizer.state.values():
+        items = sorted(state.items(), key=lambda item: places.get(item[0], len(places)))
+        if list(state) != [key for key, _ in items]:
+            state.clear()
+            state.update(items)
 
 
 def _settings(group: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from holdfast.errors import LayoutMismatch, StateError
 from holdfast.objects import decode_object, encode_object
 from holdfast.snapshot.buckets import arrange, buckets_of, replicated
 from holdfast.snapshot.modules import Replicas, bare, check_known, check_whole, fqn_of, homes_of, replicas_of
-from holdfast.snapshot.optimizers import by_place, cut_anew, empty_state, put
+from holdfast.snapshot.optimizers import by_place, cut_anew, empty_state, in_order, put
 
 RNG, BUCKETS = "rng", "ddp-buckets"
 """The names under which random generators and the order of DDP's sums are kept; not free for objects of the user's."""
@@ -344,7 +345,10 @@ class TrackedState:
             for param, state in optimizer.state.items()
             if id(param) in names and (kept := {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)})
         }
-        return {"param_groups": groups, "scalars": scalars}
+        order = list(
+            dict.fromkeys(chain.from_iterable(state for param, state in optimizer.state.items() if id(param) in names))
+        )
+        return {"param_groups": groups, "scalars": scalars, "order": order}
 
     def _load_groups(self, name: str, optimizer: Optimizer, stored: dict[str, Any], of_all: Iterable[dict[str, Any]]) -> None:
         names = self._names(name, optimizer)
@@ -358,6 +362,7 @@ class TrackedState:
         params = {names[id(param)][0]: param for group in optimizer.param_groups for param in group["params"]}
         for fqn, kept in stored["scalars"].items():
             optimizer.state[params[fqn]].update(kept)
+        in_order(optimizer, stored.get("order", ()))
 
     def _create_state(self, name: str, optimizer: Optimizer, stored: Mapping[str, ArraySpec]) -> None:
         names = self._names(name, optimizer)

@@ -295,6 +295,23 @@ def test_wrappers_of_torch_that_keep_state_out_of_sight_are_refused_with_what_to
         dist.destroy_process_group()
 
 
+def test_a_parameters_state_has_its_keys_in_the_order_in_which_the_optimizer_made_them() -> None:
+    def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = trained()
+    specs, arrays, texts = snapshot(TrackedState({"model": model, "optim": optimizer}))
+    fresh = nn.Linear(2, 2)
+    again = torch.optim.AdamW(fresh.parameters())
+    other_way_round = dict(reversed(specs.items()))  # as where other ranks own the first ones
+    restore(TrackedState({"model": fresh, "optim": again}), (other_way_round, arrays, texts))
+    assert [list(state) for state in again.state.values()] == [list(state) for state in optimizer.state.values()]
+
+
 def test_parameters_that_ddp_ignores_are_this_ranks_own() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
