@@ -120,8 +120,9 @@ def newest(state: TrackedState, team: Team, around: Around, surveys: list[Survey
         offers = {_offer(plan, best): plan for plan in plans}
         stored = [Offer(Rung.CHECKPOINT, step) for step in known.stored if step not in failed][:1]
         remains = None if hopeless or not was_ever_safe(surveys) else plan_remains(surveys, distrusted)
-        lossy = [Offer(Rung.SUBSTITUTE, remains.step, is_lossy=True)] if remains is not None and remains.missing else []
-        choices = plan_ladder([*offers, *stored, *lossy], known.prices)
+        if remains is not None and remains.missing:
+            offers[Offer(Rung.SUBSTITUTE, remains.step, is_lossy=True)] = remains
+        choices = plan_ladder([*offers, *stored], known.prices)
         if not choices:
             break
         chosen, why = choices[0].offer, tuple(choice.why for choice in choices)
@@ -134,7 +135,7 @@ def newest(state: TrackedState, team: Team, around: Around, surveys: list[Survey
             notes.append(problem)
             failed.add(chosen.step)
             continue
-        plan = remains if chosen.rung is Rung.SUBSTITUTE and remains is not None else offers[chosen]
+        plan = offers[chosen]
         outcomes = _from_memory(state, team, plan, surveys, around)
         damaged = {outcome.node for outcome in outcomes if outcome.node is not None}
         if damaged:
