@@ -2,7 +2,8 @@
 
 It lives in the launcher of rank 0, outside every trainer, and outlives them. It knows one number, the epoch of the communicator: a
 launcher whose trainer has died advances it, and whoever waits for something of an older epoch is told at once that it is over.
-Knows nothing of torch.
+Launchers attend it for as long as they run; where one goes without having said so, with its host perhaps, nobody can take the
+place of its rank, and all are told that every process has to start again. Knows nothing of torch.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ class Board:
         self._changed = threading.Condition()
         self._notes: dict[str, bytes] = {}
         self._epoch, self._reason = 0, ""
-        self._over = ""
-        self._server = Server([_listen(address)], token, self._handle)
+        self._over = self._lost = ""
+        self._attending: dict[int, int] = {}
+        """Ranks, by the connection of their launcher."""
+        self._server = Server([_listen(address)], token, self._handle, self._hung_up)
 
     def close(self) -> None:
         with self._changed:
@@ -74,9 +77,13 @@ class Board:
             Path(self.address).unlink(missing_ok=True)
 
     def _handle(self, verb: str, fields: Header, payload: memoryview) -> Reply | Header | None:
-        fields.pop("connection")
+        connection = fields.pop("connection")
         with self._changed:
             match verb:
+                case "attend":
+                    self._attending[connection] = fields["rank"]
+                case "depart":
+                    self._attending.pop(connection, None)
                 case "set":
                     self._notes[fields["key"]] = bytes(payload)
                 case "add":
@@ -86,16 +93,25 @@ class Board:
                 case "get":
                     return {}, self._wait_for(**fields)
                 case "advance":
+                    if self._lost:
+                        raise ClusterError(f"nobody can be replaced any more: {self._lost}")
                     self._epoch, self._reason = self._epoch + 1, fields["reason"]
                 case "watch":
                     self._changed.wait_for(lambda: self._epoch > fields["epoch"] or self._over)
-                    return {"epoch": self._epoch, "reason": self._reason, "over": self._over}
+                    return {"epoch": self._epoch, "reason": self._reason, "over": self._over, "lost": self._lost}
                 case "over":
                     self._over = fields["reason"]
                 case _:
                     raise ClusterError(f"the board does not know the verb {verb!r}; are two releases of holdfast mixed?")
             self._changed.notify_all()
             return {"epoch": self._epoch}
+
+    def _hung_up(self, connection: int) -> None:
+        with self._changed:
+            rank = self._attending.pop(connection, None)
+            if rank is not None and not self._over:
+                self._over = self._lost = f"the launcher of rank {rank} is gone"
+                self._changed.notify_all()
 
     def _add(self, key: str, amount: int) -> int:
         value = int(self._notes.get(key, b"0")) + int(amount)

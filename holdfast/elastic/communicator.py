@@ -58,7 +58,7 @@ class Communicator:
         self._board = reach(board, token)
         self._watcher = reach(board, token)
         self._changed = threading.Condition()
-        self._newest, self._reason = 0, ""
+        self._newest, self._reason, self._lost = 0, "", ""
         threading.Thread(target=self._watch, name="holdfast-watch", daemon=True).start()
 
     # -- what others ask --
@@ -79,9 +79,12 @@ class Communicator:
         return self._reason
 
     def wait_stale(self, timeout_s: float) -> bool:
-        """Whether a newer epoch is published within `timeout_s`."""
+        """Whether a newer epoch is published within `timeout_s`. Raises RestartNeeded once a launcher is gone: none can be then."""
         with self._changed:
-            return self._changed.wait_for(lambda: self.is_stale, timeout_s)
+            self._changed.wait_for(lambda: self.is_stale or self._lost, timeout_s)
+        if self._lost:
+            raise RestartNeeded(self._lost)
+        return self.is_stale
 
     def await_epoch(self, epoch: int) -> None:
         """Return once `epoch` is known here: whoever calls may be ahead of the board's word."""
@@ -158,11 +161,13 @@ class Communicator:
             try:
                 told = self._watcher.ask("watch", epoch=self._newest)
             except HoldfastError as error:
-                logger.info("the board is gone: %s", error)
-                return
+                told = {"epoch": 0, "over": True, "lost": f"the launcher of rank 0, with the board, is gone ({error})"}
             with self._changed:
                 if told["epoch"] > self._newest:
                     self._newest, self._reason = told["epoch"], told["reason"]
+                    self._abort()
+                if told["lost"]:
+                    self._lost = told["lost"]
                     self._abort()
                 self._changed.notify_all()
             if told["over"]:

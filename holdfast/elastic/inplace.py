@@ -84,7 +84,7 @@ class InPlace:
 
     def check_alive(self) -> None:
         """Raise RestartNeeded when somebody has died where a step cannot be done again."""
-        if self._communicator.is_stale:
+        if self._communicator.wait_stale(0):
             raise post.RestartNeeded(f"{self._communicator.reason} while the run was being completed")
 
     def leave(self) -> None:

@@ -26,6 +26,7 @@ from holdfast.elastic.board import Address, Board, board_address, board_token, c
 from holdfast.elastic.post import RESTART
 from holdfast.environment import BERTH, Berth, Environment
 from holdfast.errors import ConfigError, HoldfastError
+from holdfast.snapshot.wire import Connection
 
 logger = logging.getLogger("holdfast.elastic.run")
 
@@ -108,6 +109,7 @@ class Launcher:
     def __init__(self, arguments: list[str], spares: str, board: Address, token: str) -> None:
         self._arguments, self._spares = arguments, spares
         self._board, self._token = board, token
+        self._seat: Connection | None = None
         self._rank = int(os.environ["RANK"])
         self._selector = selectors.DefaultSelector()
         self._pulse = os.memfd_create("holdfast-pulse")
@@ -137,6 +139,7 @@ class Launcher:
             if child is not None:
                 child.kill()
                 child.process.wait()
+        self._depart()
         return self._code
 
     def _stop(self, number: int, _: Any) -> None:
@@ -180,7 +183,24 @@ class Launcher:
         """The trainer has entered protect(), and everything is there that another one needs to take its place."""
         if self._obstacle == NOT_ENTERED:
             self._obstacle = ""
+            self._attend()
         self._spare_due_s = time.monotonic() + HEAD_START_S
+
+    def _attend(self) -> None:
+        """Where this launcher ends without a word, with its host perhaps, the board sees its seat empty."""
+        try:
+            self._seat = reach(self._board, self._token, patience_s=5)
+            self._seat.ask("attend", rank=self._rank)
+        except HoldfastError as error:
+            logger.warning("rank %d: the board cannot be attended: %s", self._rank, error)
+
+    def _depart(self) -> None:
+        if self._seat is None:
+            return
+        if self._code == 0:
+            with suppress(HoldfastError):
+                self._seat.ask("depart")
+        self._seat.close()
 
     def _start_spare(self) -> None:
         self._spare_due_s = None

@@ -31,6 +31,7 @@ from holdfast.elastic.pulse import Heart
 from holdfast.elastic.rehearsal import rehearse
 from holdfast.elastic.restore import Recovery, Restored, ask_once
 from holdfast.elastic.sensors import announce
+from holdfast.elastic.silence import Sentry
 from holdfast.elastic.substitution import StageNote, noted
 from holdfast.elastic.team import Team
 from holdfast.elastic.witness import Witness
@@ -106,6 +107,7 @@ class Run:
         self._witness: Witness | None = None
         self._chronicle: Chronicle | None = None
         self._heart: Heart | None = None
+        self._sentry: Sentry | None = None
 
     @property
     def stats(self) -> Stats:
@@ -121,11 +123,21 @@ class Run:
     def __enter__(self) -> Self:
         let_go_of_groups()  # this package may have been what imported them
         self._in_place = in_place()
-        if self._in_place is None:
-            self._enter()
-        else:
-            self._in_place.enter(self._enter, lambda: rehearse(self._tracked.optimizers.values()))
+        self._sentry = Sentry(self._keep_verdict)
+        try:
+            if self._in_place is None:
+                self._enter()
+            else:
+                self._in_place.enter(self._enter, lambda: rehearse(self._tracked.optimizers.values()))
+        except BaseException:
+            self._sentry.close()
+            raise
         return self
+
+    def _keep_verdict(self, verdict: Verdict) -> None:
+        """For the incident that may come of it. On any thread."""
+        if self._chronicle is not None:
+            self._chronicle.note(verdict)
 
     def recover_in_place(self, error: BaseException | None) -> bool:
         """After a step that ended with `error`: whether it was undone, and training goes on from an older one in this process."""
@@ -243,12 +255,11 @@ class Run:
     def _begin_pulse(self, link: Link) -> None:
         if not self._settings.diagnose_s:
             return
-        after_s, chronicle, held = self._settings.diagnose_s, self._chronicle, self._tracked.held()
+        after_s, held = self._settings.diagnose_s, self._tracked.held()
 
         def tell(verdict: Verdict) -> None:
             announce(verdict)
-            if chronicle is not None:
-                chronicle.note(verdict)
+            self._keep_verdict(verdict)
 
         sums = self._running().take_sums
         self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
@@ -324,6 +335,8 @@ class Run:
         place = places[team.rank]
         for _ in range(JOIN_TRIES):
             view = self._view(places, restored, heard)
+            if self._sentry is not None:
+                self._sentry.know(view.members)
             if team.rank == 0:
                 self._explain(view, restored, team.world)
 
@@ -485,6 +498,8 @@ class Run:
                 self._chronicle.close(self.step, error)
             if self._heart is not None:
                 self._heart.close()
+            if self._sentry is not None:
+                self._sentry.close()
             self._held.close()
 
     def _finish(self, capturer: Capturer) -> None:
@@ -504,6 +519,8 @@ class Run:
             time.sleep(0.005)
             if self._lifeline is not None and self._lifeline.is_lost:
                 raise KeeperUnreachable(f"its memory {link.memory} is gone with it")
+            if self._sentry is not None and self._sentry.verdicts:
+                raise ClusterError(f"while the run was being completed: {'; '.join(map(str, self._sentry.verdicts.values()))}")
             if time.monotonic() > deadline:
                 logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
                 return

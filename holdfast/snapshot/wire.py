@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 HEADER_LIMIT = 64 << 20
 PAYLOAD_LIMIT = 1 << 30
 CLOSING_S = 2.0
+SILENT_S = 20.0
+"""A host whose kernel has acknowledged nothing for so long is lost. torchrun forgets an agent after 15 s."""
+
 STRANGER_LIMIT = 4096
 """Longest frame of somebody who has not shown the token yet."""
 
@@ -124,6 +127,7 @@ class Connection:
             self._sock.connect(address)
             if family == socket.AF_INET:
                 self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                keep_alive(self._sock)
             _let_the_kernel_wait(self._sock, timeout_s)
         except OSError as error:
             self._sock.close()
@@ -202,6 +206,17 @@ def _let_the_kernel_wait(sock: socket.socket, timeout_s: float) -> None:
         sock.setsockopt(socket.SOL_SOCKET, direction, limit)
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel close an idle TCP connection whose other side is gone without a word, in `SILENT_S`.
+
+    Never by TCP_USER_TIMEOUT: that also ends the connection to a peer that lives and does not read for so long.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENT_S / 4))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENT_S / 4))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
 def _text(address: str | tuple[str, int]) -> str:
     return address if isinstance(address, str) else f"{address[0]}:{address[1]}"
 
@@ -253,6 +268,7 @@ class Server:
                 if sock.family == socket.AF_INET:
                     # An answer is a header, then its bytes: with Nagle's rule each would wait 40 ms for an acknowledgement.
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    keep_alive(sock)
                 header, _ = receive_frame(sock, limits=(STRANGER_LIMIT, 0))
                 if header.get("verb") != "auth" or not _same(str(header.get("token", "")), self._token):
                     send_frame(sock, {"error": "ClusterError", "message": "wrong token: this keeper belongs to another run"})

@@ -97,7 +97,7 @@ def test_a_death_is_told_to_whoever_waits_in_the_old_epoch(board):
     launcher.ask("advance", reason="rank 3 was killed by SIGKILL")
     for thread in threads:
         thread.join(60)
-    assert told == [{"epoch": 1, "reason": "rank 3 was killed by SIGKILL", "over": ""}]
+    assert told == [{"epoch": 1, "reason": "rank 3 was killed by SIGKILL", "over": "", "lost": ""}]
     assert refused
     for connection in (survivor, watcher, launcher):
         connection.close()
@@ -111,6 +111,31 @@ def test_nobody_waits_for_a_rank_that_has_completed_or_never_comes(board):
     with pytest.raises(ClusterError, match="rank 1 has completed the run"):
         connection.ask("get", key="a", epoch=0, timeout_s=60)
     connection.close()
+
+
+def test_a_launcher_that_goes_without_a_word_ends_recovery_in_place(board):
+    watcher, another, lost = (reach(board.address, "secret") for _ in range(3))
+    told = []
+    waiter = threading.Thread(target=lambda: told.append(watcher.ask("watch", epoch=0)))
+    waiter.start()
+    lost.ask("attend", rank=2)
+    lost.close()
+    waiter.join(60)
+    assert [item["lost"] for item in told] == ["the launcher of rank 2 is gone"]
+    with pytest.raises(ClusterError, match="nobody can be replaced any more: the launcher of rank 2 is gone"):
+        another.ask("advance", reason="rank 1 was killed")
+    watcher.close()
+    another.close()
+
+
+def test_a_launcher_that_departs_is_not_missed(board):
+    done, another = reach(board.address, "secret"), reach(board.address, "secret")
+    done.ask("attend", rank=2)
+    done.ask("depart")
+    done.close()
+    time.sleep(0.1)
+    assert another.ask("advance", reason="rank 1 was killed") == {"epoch": 1}
+    another.close()
 
 
 def test_a_stranger_is_turned_away(board):

@@ -60,16 +60,25 @@ def main() -> None:
     parser = arguments()
     parser.add_argument("--die", default="[]", help='JSON: [{"step": 5, "kind": "node", "ranks": [1], "committed": 3}]')
     parser.add_argument("--follow-keeper", action="store_true", help="die when the node's keeper does, as a node would")
+    parser.add_argument("--progress", action="store_true", help="leave in the results how far this rank is")
     parser.add_argument("--keep-up", action="store_true", help="wait for the keepers where they have ordered nothing")
     args = parser.parse_args()
 
     def after_step(step: int, run: Run, model: nn.Module) -> None:
+        if args.progress:
+            say_progress(step, run, args.out)
         if args.keep_up:
             wait_for_keepers(run, step)
         if args.follow_keeper and not _alive(keeper_pid(run)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(args, Deaths(args.die, args.out, args.name), after_step)
+
+
+def say_progress(step: int, run: Run, out: Path) -> None:
+    part = out / f"progress.{os.environ['RANK']}.{os.getpid()}"
+    part.write_text(json.dumps({"step": step, "committed": run.committed_step, "pid": os.getpid()}))
+    part.rename(out / f"progress-{os.environ['RANK']}.json")
 
 
 def catches_up(run: Run, committed: int) -> bool:
