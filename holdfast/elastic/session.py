@@ -20,6 +20,7 @@ from typing import Any, Self
 
 from holdfast.elastic import guards, restore
 from holdfast.elastic._torch_private import let_go_of_groups
+from holdfast.elastic.alike import compare
 from holdfast.elastic.chronicle import Before, Chronicle, process_born_s, words_here, words_of_all
 from holdfast.elastic.inplace import InPlace, Step, in_place, reset
 from holdfast.elastic.journal import last_attempt, records_of
@@ -39,9 +40,7 @@ from holdfast.environment import Environment, check_job_name, default_job_name
 from holdfast.errors import (
     CheckpointFailed,
     ClusterError,
-    ConfigError,
     KeeperUnreachable,
-    LayoutMismatch,
     StaleEpoch,
     StateError,
 )
@@ -288,7 +287,7 @@ class Run:
             }
 
         told = team.all(tell)
-        elsewhere = _compare(team, structure, [item["structure"] for item in told])
+        elsewhere = compare(team, structure, [item["structure"] for item in told])
         return _Met(
             places=places_of([Seat(**{**item["seat"], "known": tuple(item["seat"]["known"])}) for item in told]),
             known=restore.Known.from_json(told[0]["known"]),
@@ -561,45 +560,3 @@ class _Met:
     elsewhere: frozenset[str]
     """Names of arrays and optimized parameters that some rank answers for."""
     stages: list[Stage]
-
-
-def _compare(team: Team, structure: bytes, digests: list[str]) -> frozenset[str]:
-    """What all ranks hold together, by name; they differ where each holds a stage, or experts. `digests` are of their structures.
-
-    Raises LayoutMismatch for the first thing about which two ranks disagree; layouts that differ by design pass.
-    """
-    told: list[bytes] = [structure]
-    if len(set(digests)) > 1:  # each structure once, however many ranks have it
-        told = team.gather(structure if digests.index(digests[team.rank]) == team.rank else b"")
-    found = {digest: json.loads(data) for digest, data in zip(digests, told, strict=False) if data}
-    ranks = [found[digest] for digest in digests]
-    _check_alike(ranks)
-    return frozenset(name for one in found.values() for name in (*one["arrays"], *one["optimized"]))
-
-
-def _check_alike(ranks: list[dict[str, Any]]) -> None:
-    first = ranks[0]
-    for rank, other in enumerate(ranks):
-        if other["objects"] != first["objects"]:
-            raise LayoutMismatch(
-                f"rank 0 protects {first['objects']}, rank {rank} {other['objects']}; give every rank the same objects"
-            )
-        if (other["name"], other["settings"]) != (first["name"], first["settings"]):
-            raise ConfigError(
-                f"rank 0 and rank {rank} call protect() with different settings: {first['name']}, {first['settings']} and "
-                f"{other['name']}, {other['settings']}"
-            )
-    known: dict[str, tuple[int, Any]] = {}
-    for rank, one in enumerate(ranks):
-        for name, (dtype, shape, expected) in one["arrays"].items():
-            before = known.setdefault(name, (rank, [dtype, shape]))
-            if before[1] != [dtype, shape]:
-                raise LayoutMismatch(
-                    f"{name} is {before[1][0]}{before[1][1]} on rank {before[0]} and {dtype}{shape} on rank {rank}; all ranks have "
-                    "to build the same model"
-                )
-            lacking = [holder for holder in expected if name not in ranks[holder]["arrays"]]
-            if lacking:
-                raise LayoutMismatch(
-                    f"{name} is on rank {rank} and missing on rank {lacking[0]}, which its layout says holds a part"
-                )
