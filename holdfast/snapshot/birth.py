@@ -93,10 +93,13 @@ def advertised(bind: str) -> str:
     return socket.gethostbyname(socket.gethostname()) if bind in ("", "0.0.0.0") else bind
 
 
-def host_identity() -> str:
-    """Equal for two keepers exactly when they can map each other's files."""
+def host_identity(memory: Path) -> str:
+    """Equal for two keepers exactly when they can map each other's files below their `memory`.
+
+    Two containers of one machine may have one hostname, as with Kubernetes' host network, and each a /dev/shm of its own.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}/{memory.stat().st_dev}"
 
 
 def write_endpoint(memory: Path, member: Member) -> None:

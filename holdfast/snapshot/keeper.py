@@ -103,7 +103,7 @@ class Keeper:
         former = identity(memory)
         listeners, port = listen(memory / SOCKET, bind, former.port)
         self.token = former.token
-        self.member = Member(node, host_identity(), advertised(bind), port, self.token, str(memory), (), domain)
+        self.member = Member(node, host_identity(memory), advertised(bind), port, self.token, str(memory), (), domain)
         write_endpoint(memory, self.member)  # before anything is answered: who hears an answer may read whose it is
         self._server = Server(listeners, self.token, self._handle, self._disconnected)
         logger.info("keeper of %s node %d serves %s (port %d), pid %d", job, node, memory, port, os.getpid())

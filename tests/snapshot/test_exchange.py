@@ -16,6 +16,7 @@ import pytest
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, MissingData
 from holdfast.snapshot import exchange
+from holdfast.snapshot.birth import host_identity
 from holdfast.snapshot.exchange import (
     Decoder,
     NodeBytes,
@@ -331,3 +332,9 @@ def test_rows_are_complete_when_every_byte_of_all_of_them_has_arrived_and_only_o
     assert not rows.add(1, 100), "a row that is complete already"
     assert rows.add(0, 40)
     assert not rows.add(0, 40)
+
+
+def test_containers_with_one_hostname_and_memory_of_their_own_map_nothing_of_each_other(shm: Path, tmp_path: Path) -> None:
+    (shm / "a").mkdir()
+    assert host_identity(shm / "a") == host_identity(shm)
+    assert host_identity(tmp_path) != host_identity(shm)
