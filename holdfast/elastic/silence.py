@@ -29,8 +29,8 @@ LOOK_EVERY_S = 2.0
 AT_MOST = 0.005
 """Share of the time that may go into looking: with thousands of connections, it is done less often."""
 
-UNANSWERED = 6
-"""So often in a row has the kernel sent the same bytes: 12.6 s at least, as it waits 0.2 s and then twice as long each time."""
+RETRANSMITS, PROBES = 6, 3
+"""So often in a row has the kernel sent the same bytes (12.6 s at least, it waits twice as long each time), or asked."""
 
 _TCP_INFO = struct.Struct("=2x2B52xI")  # linux/tcp.h: tcpi_retransmits, tcpi_probes, …, tcpi_last_ack_recv (ms)
 
@@ -46,7 +46,7 @@ class Wait:
     @property
     def is_in_vain(self) -> bool:
         # A receiver that reads nothing for long answers all the same: it says that it has no room.
-        return self.unheard_s >= SILENT_S and (self.retransmits >= UNANSWERED or self.probes >= UNANSWERED)
+        return self.unheard_s >= SILENT_S and (self.retransmits >= RETRANSMITS or self.probes >= PROBES)
 
 
 class Sentry:
@@ -78,7 +78,7 @@ class Sentry:
             started = time.monotonic()
             for sock, address in connections():
                 with suppress(OSError):
-                    keep_alive(sock)
+                    keep_alive(sock, 2 * SILENT_S)  # by then it was judged here, with a word
                     if wait_of(sock).is_in_vain:
                         self._judge(address)
                         sock.shutdown(socket.SHUT_RDWR)
@@ -107,9 +107,9 @@ def connections() -> Iterator[tuple[socket.socket, str]]:
                 continue
             with socket.socket(fileno=os.dup(int(name))) as sock:
                 if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
-                    address = str(sock.getpeername()[0])  # fails where nobody is connected: a listening socket is left alone
-                    if address != sock.getsockname()[0]:
-                        yield sock, address
+                    theirs, ours = sock.getpeername()[0], sock.getsockname()[0]  # fails for one that listens: it is left alone
+                    if theirs != ours:
+                        yield sock, theirs.removeprefix("::ffff:")
 
 
 def wait_of(sock: socket.socket) -> Wait:

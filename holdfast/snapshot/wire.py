@@ -29,6 +29,9 @@ CLOSING_S = 2.0
 SILENT_S = 20.0
 """A host whose kernel has acknowledged nothing for so long is lost. torchrun forgets an agent after 15 s."""
 
+ASK_EVERY_S = 5.0
+"""How often the kernel asks the other side of an idle connection whether it is there."""
+
 STRANGER_LIMIT = 4096
 """Longest frame of somebody who has not shown the token yet."""
 
@@ -206,15 +209,19 @@ def _let_the_kernel_wait(sock: socket.socket, timeout_s: float) -> None:
         sock.setsockopt(socket.SOL_SOCKET, direction, limit)
 
 
-def keep_alive(sock: socket.socket) -> None:
-    """Have the kernel close an idle TCP connection whose other side is gone without a word, in `SILENT_S`.
+def keep_alive(sock: socket.socket, patience_s: float = SILENT_S) -> None:
+    """Have the kernel close an idle TCP connection whose other side is gone without a word, in `patience_s`.
 
     Never by TCP_USER_TIMEOUT: that also ends the connection to a peer that lives and does not read for so long.
     """
+    times = int(patience_s / ASK_EVERY_S) - 1
+    is_on = sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    if is_on and sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == times:
+        return  # setting it anew would have the kernel ask at once, and count that
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, times)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(ASK_EVERY_S))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(ASK_EVERY_S))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, int(SILENT_S / 4))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, int(SILENT_S / 4))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 def _text(address: str | tuple[str, int]) -> str:

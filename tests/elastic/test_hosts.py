@@ -103,7 +103,7 @@ def test_a_host_that_loses_its_power_is_left_behind_and_its_memory_rebuilt(clust
     assert len(result.facts) == 4
     assert (recovery(result)["rung"], recovery(result)["kind"]) == ("parity", "node")
     assert recovery(result)["step"] >= 5
-    assert re.search(r"lease lost: ranks 2, 3|the launcher of rank [23] is gone", result.log)
+    assert re.search(r"lease lost: ranks 2, 3|the launcher of rank [23] is gone", result.log), result.log
 
 
 @pytest.mark.parametrize("spares", ["", "ready"])

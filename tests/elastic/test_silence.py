@@ -32,7 +32,8 @@ def pair():
         (Wait(5, 0, 21.0), False),
         (Wait(6, 0, 19.0), False),
         (Wait(6, 0, 20.0), True),
-        (Wait(0, 6, 20.0), True),
+        (Wait(0, 2, 20.0), False),
+        (Wait(0, 3, 20.0), True),
     ],
 )
 def test_a_host_is_silent_when_the_kernel_has_asked_often_and_long(wait, in_vain):
@@ -51,7 +52,7 @@ def test_connections_to_other_hosts_are_found_and_nothing_else(pair):
 
 
 def test_a_peer_that_reads_nothing_is_not_silent(pair, monkeypatch):
-    monkeypatch.setattr(wire, "SILENT_S", 4.0)
+    monkeypatch.setattr(wire, "ASK_EVERY_S", 1.0)
     monkeypatch.setattr(silence, "SILENT_S", 1.0)
     ours, _ = pair
     keep_alive(ours)
