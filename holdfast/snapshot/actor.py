@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ DOMAIN_LABEL = "holdfast-domain"
 """`ray start --labels holdfast-domain=rack-7` says which nodes fail together."""
 
 
-def actor_name(job: str, node: int) -> str:
-    return f"{job}/node-{node}"
+def actor_name(job: str, node: int, host: str) -> str:
+    """`host` is Ray's id of the machine: where another one takes a node over, its keeper is another actor."""
+    return f"{job}/node-{node}@{host}"
 
 
 class KeeperActor:
@@ -39,7 +41,7 @@ class KeeperActor:
         arm_faults(node)
         self._keeper = Keeper(job, node, Path(memory), bind=bind, domain=_domain(), watch_every_s=watch_every_s())
         on_sigterm(self._keeper.preempt.told_to_end)
-        threading.Thread(target=self._leave, args=(actor_name(job, node),), name="holdfast-leave", daemon=True).start()
+        threading.Thread(target=self._leave, args=(actor_name(job, node, _here()),), name="holdfast-leave", daemon=True).start()
 
     def ready(self) -> int:
         return self._keeper.node
@@ -52,7 +54,7 @@ class KeeperActor:
 
 def _domain() -> str:
     """The failure domain of this node: from the environment, else the label that Ray's node carries."""
-    here = ray.get_runtime_context().get_node_id()
+    here = _here()
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     labels = next((node.get("Labels") or {} for node in nodes if node["NodeID"] == here), {})
     return os.environ.get(DOMAIN) or str(labels.get(DOMAIN_LABEL, ""))
@@ -62,12 +64,13 @@ def start_keepers(address: str, job: str, nodes: list[tuple[int, str]], bind: st
     """Have a keeper actor for every (node, memory) on this host; waits until each serves. Raises RayUnreachable."""
     connect(address)
     try:
-        here = ray.get_runtime_context().get_node_id()
+        here = _here()
+        _forget_elsewhere(job, [node for node, _ in nodes], here)
         placement = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(here, soft=False)
         actors = [
             ray.remote(KeeperActor)
             .options(
-                name=actor_name(job, node),
+                name=actor_name(job, node, here),
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
@@ -84,6 +87,20 @@ def start_keepers(address: str, job: str, nodes: list[tuple[int, str]], bind: st
         raise RayUnreachable(f"Ray at {address} could not start the keepers of {job}: {error}") from error
     finally:
         ray.shutdown()
+
+
+def _here() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _forget_elsewhere(job: str, nodes: list[int], here: str) -> None:
+    """End what Ray remembers of keepers of these nodes on other machines: one that is lost it would try to start there for ever."""
+    names = tuple(actor_name(job, node, "") for node in nodes)
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        name = entry["name"]
+        if entry["namespace"] == NAMESPACE and name.startswith(names) and not name.endswith(f"@{here}"):
+            with suppress(ValueError):  # it has ended meanwhile
+                ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 
 def kill_keepers(address: str) -> None:

@@ -106,6 +106,10 @@ class Host:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
             return subprocess.Popen([*self._enter(), *command], env=env, start_new_session=True, cwd="/", **streams)
 
+    def read(self, path: str) -> str:
+        """A file that only this host sees."""
+        return subprocess.run([*self._enter(), "cat", path], capture_output=True, text=True, check=True).stdout
+
     def kill(self, pid: int) -> None:
         """A process of this host, by the number that it knows itself by."""
         _do(*self._enter(), "kill", "-9", str(pid))

@@ -32,8 +32,11 @@ class Cluster:
         self.out.mkdir()
         self._agents: dict[int, subprocess.Popen[bytes]] = {}
         self._command: list[str] = []
+        self._env = isolated_environment(Path("/dev/shm"), Path("/dev/shm"))
+        """Runtime folder and slots are in the host's own memory, and go when it does."""
 
-    def start(self, on: list[Host], *, nodes: str, spares: str = "", steps: int = STEPS) -> None:
+    def start(self, on: list[Host], *, nodes: str, spares: str = "", steps: int = STEPS, **env: str) -> None:
+        self._env |= env
         meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29400", "--rdzv-id=job"]
         launcher = ["-m", "holdfast.elastic.run", "--spares", spares] if spares else []
         script = [str(SCRIPT), "--out", str(self.out), "--steps", str(steps), "--pace", "0.1", "--progress"]
@@ -43,9 +46,16 @@ class Cluster:
             self.join(host)
 
     def join(self, host: Host) -> None:
-        # Runtime folder and slots are in the host's own memory, and go when it does.
-        env = isolated_environment(Path("/dev/shm"), Path("/dev/shm"))
-        self._agents[host.number] = host.start(self._command, env, self.out / "log")
+        self._agents[host.number] = host.start(self._command, self._env, self.out / "log")
+
+    def start_ray(self, host: Host, rack: str) -> None:
+        """The first host's is the head."""
+        head = ["--head", "--port=6379", "--include-dashboard=false", "--temp-dir=/dev/shm/ray"]
+        words = head if host is self.hosts[0] else [f"--address={self.hosts[0].address}:6379"]
+        small = ["--num-cpus=1", "--object-store-memory=80000000", "--disable-usage-stats"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *words, *small]
+        labels = [f"--node-ip-address={host.address}", f"--labels=holdfast-domain={rack}"]
+        assert host.start([*ray, *labels], self._env, self.out / "ray").wait(100) == 0, (self.out / "ray").read_text()
 
     def reach_step(self, rank: int, step: int, committed: int) -> int:
         """Wait until that rank has done the step; its process."""
@@ -148,4 +158,22 @@ def test_a_host_that_was_cut_off_comes_back_into_the_run(cluster, references):
     second.plug()
     result = cluster.result()
     assert recovery(result)["rung"] == "own keeper"
+    result.assert_equals(references.of("fsdp", 4, STEPS))
+
+
+def test_another_host_takes_over_in_a_ray_cluster_and_labels_say_which_fail_together(cluster, references):
+    first, second, fresh, _ = cluster.hosts
+    for host, rack in ((first, "rack-a"), (second, "rack-b")):
+        cluster.start_ray(host, rack)
+    ray = {"HOLDFAST_KEEPERS": "ray", "RAY_ADDRESS": f"{first.address}:6379"}
+    cluster.start([first, second], nodes="2", **ray)
+    cluster.reach_step(0, 10, committed=5)
+    endpoint = second.read("/dev/shm/holdfast-0/t/node-1/keeper.json")
+    assert json.loads(endpoint)["domain"] == "rack-b"
+    cluster.lose(second)
+    cluster.start_ray(fresh, "rack-b")
+    cluster.join(fresh)
+    result = cluster.result()
+    assert recovery(result)["rung"] == "parity"
+    assert "RayUnreachable" not in result.log
     result.assert_equals(references.of("fsdp", 4, STEPS))
