@@ -172,12 +172,15 @@ class Coordinator:
         committed: int = 0,
         index: int = 1,
         protected: bool = True,
+        overdue: bool = False,
         spilled: int = 0,
     ) -> None:
         self.nodes = frozenset(nodes)
         self.every, self.checkpoint_every = every, checkpoint_every
         self.committed, self.index = committed, index
         self._unprotected = not protected
+        self._overdue = overdue
+        """Nothing that these nodes would be rebuilt from is committed: the next step is captured, whatever `every` says."""
         self.phase = Phase.WAITING
         self.step = 0
         self.round = 0
@@ -248,7 +251,7 @@ class Coordinator:
             return []
         # Only now may the older slot be refilled: every node has the newer one committed.
         self.committed, self.index = self.step, 1 - self.index
-        self._unprotected = False
+        self._unprotected = self._overdue = False
         self._commits += 1
         self._calm += 1
         if self._calm >= CALM_ROUNDS:
@@ -298,14 +301,18 @@ class Coordinator:
         if self._finishing or self._is_spilling(1 - self.index):
             return []
         ahead = self._progress + self.lead
-        return self._announce(-(-ahead // self.every) * self.every)
+        return self._announce(-(-ahead // self._stride) * self._stride)
+
+    @property
+    def _stride(self) -> int:
+        return 1 if self._overdue else self.every
 
     def _last(self) -> list[Action]:
         steps = {event.step for event in self._finishing.values()}
         step, keep = max(steps), self._keeps()
         # Nodes that ended at different steps have no last step in common that could be captured.
         wanted = keep and len(steps) == 1 and self._failed_last < LAST_TRIES
-        if wanted and self.committed < step:
+        if wanted and (self.committed < step or self._overdue):
             return [] if self._is_spilling(1 - self.index) else self._announce(step)
         spill = self._spill()
         if spill or self._spilling is not None:
@@ -330,7 +337,7 @@ class Coordinator:
         if len(self._finishing) == len(self.nodes):
             return self._keeps() and self.step == max(event.step for event in self._finishing.values())
         # The next snapshot would empty the slot of a restored step, which nothing else may hold by now.
-        return self._unprotected or self._progress < (self.step // self.every + 1) * self.every
+        return self._unprotected or self._progress < (self.step // self._stride + 1) * self._stride
 
     def _protect_again(self) -> list[Action]:
         delay_s, self._tries = _pause_s(self._tries), self._tries + 1
@@ -355,7 +362,7 @@ class Coordinator:
         """Have the committed step written, where it is due and nothing else is being written."""
         if not self.checkpoint_every or self._spilling is not None or self._spilled >= self.committed:
             return []
-        if self._unprotected or self.phase is Phase.WAITING:
+        if self._unprotected or self._overdue or self.phase is Phase.WAITING:
             return []  # the slots are not in the state that `committed` and `index` speak of
         last = len(self._finishing) == len(self.nodes) and self._keeps()
         if last or self._spilled < self._hurry:

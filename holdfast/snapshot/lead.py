@@ -80,6 +80,7 @@ class Lead:
                 committed=view.committed,
                 index=view.index,
                 protected=view.protected,
+                overdue=view.cut_anew,
                 spilled=view.spilled,
             )
 

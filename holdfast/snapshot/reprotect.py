@@ -58,11 +58,11 @@ class Reprotect:
             self._keeper.rounds.put(partial(self._encode, group))
 
     def joined(self, view: View) -> None:
-        """An epoch begins. Where it has to encode its step anew everywhere, nothing is owed. Called with the lock held."""
+        """An epoch begins. Where its step is encoded or captured anew everywhere, nothing is owed. Called with the lock held."""
         group = self._owed
         if group is None:
             return
-        if view.protected and view.in_memory and view.committed == group.step:
+        if view.protected and view.in_memory and not view.cut_anew and view.committed == group.step:
             self._keeper.rounds.put(partial(self._encode, group))
         else:
             self._owed = None

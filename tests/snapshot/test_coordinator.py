@@ -64,7 +64,17 @@ class Cluster:
     It stops at once when the coordinator breaks a promise.
     """
 
-    def __init__(self, count: int, *, every: int, checkpoint_every: int, keep: bool, restored: int = 0, protected: bool = True):
+    def __init__(
+        self,
+        count: int,
+        *,
+        every: int,
+        checkpoint_every: int,
+        keep: bool,
+        restored: int = 0,
+        protected: bool = True,
+        overdue: bool = False,
+    ) -> None:
         self.nodes = [Node(number) for number in range(count)]
         self.keep, self.every, self.checkpoint_every = keep, every, checkpoint_every
         self.coordinator = Coordinator(
@@ -74,7 +84,9 @@ class Cluster:
             committed=restored,
             index=0 if restored else 1,
             protected=protected,
+            overdue=overdue,
         )
+        self.overdue = overdue
         self.committed, self.spilling, self.spilled, self.stopped = restored if protected else 0, None, [], False
         self.saved, self.spill_failures = False, 0
         for node in self.nodes:
@@ -102,8 +114,8 @@ class Cluster:
                 for node in self.nodes:
                     slot = node.slots[index]
                     assert (slot.step, slot.state) == (step, "encoded"), f"commit of {step} while node {node.number} has {slot}"
-                assert step > self.committed, "committed steps only grow"
-                self.committed = step
+                assert step > self.committed or (self.overdue and step == self.committed), "committed steps only grow"
+                self.committed, self.overdue = step, False
                 self.broadcast(action)
             case Spill(step, index, delay_s):
                 assert self.spilling is None
@@ -117,7 +129,9 @@ class Cluster:
     def check_announcement(self, step: int, index: int) -> None:
         assert step > 0
         last = step == self.coordinator.committed + 1 or all(node.finished for node in self.nodes)
-        assert step % self.every == 0 or last
+        assert step % self.every == 0 or last or self.overdue
+        if self.overdue and self.coordinator.lead == 1:
+            assert step <= max(node.progress for node in self.nodes) + 1, "what nothing protects is captured at once"
         newest = max((slot.step for node in self.nodes for slot in node.slots if slot.state == "committed"), default=0)
         for node in self.nodes:
             slot = node.slots[index]
@@ -214,15 +228,19 @@ class Protocol(RuleBasedStateMachine):
         keep=st.booleans(),
         restored=st.sampled_from([0, 0, 4, 7]),
         protected=st.booleans(),
+        overdue=st.booleans(),
     )
-    def start(self, count: int, every: int, checkpoint_every: int, keep: bool, restored: int, protected: bool) -> None:
+    def start(
+        self, count: int, every: int, checkpoint_every: int, keep: bool, restored: int, protected: bool, overdue: bool
+    ) -> None:
         self.cluster = Cluster(
             count,
             every=every,
             checkpoint_every=checkpoint_every,
             keep=keep,
             restored=restored,
-            protected=protected or not restored,
+            protected=protected or not restored or overdue,
+            overdue=overdue and restored > 0,
         )
         self.cluster.feed(Begin())
 
@@ -498,6 +516,25 @@ def test_a_run_that_ends_does_not_wait_for_the_parity_of_an_older_step() -> None
     for _ in range(LAST_TRIES - 1):
         assert isinstance(cut(coordinator, 10)[0], Announce)
     assert cut(coordinator, 10) == [Stop()], "nobody has asked for checkpoints"
+
+
+def test_what_was_restored_into_another_layout_is_captured_with_the_first_completed_step() -> None:
+    coordinator = Coordinator(range(2), every=100, checkpoint_every=5, committed=40, index=0, overdue=True)
+    assert coordinator.feed(Begin()) == [Announce(41, 1, 1)], "nothing is written from slots of another layout"
+    assert coordinator.feed(GivenUp(0, 41, 42, "passed", 1)) == [Announce(44, 1, 2)], "still as soon as may be"
+    coordinator.feed(Encoded(0, 44, 44, 2))
+    coordinator.feed(Encoded(1, 44, 44, 2))
+    coordinator.feed(Acknowledged(0, 44, 44))
+    assert coordinator.feed(Acknowledged(1, 44, 44)) == [Spill(44, 1), Announce(100, 0, 3)]
+
+
+def test_a_run_that_ends_where_it_was_restored_into_another_layout_keeps_that_step() -> None:
+    coordinator = Coordinator(range(1), every=100, checkpoint_every=5, committed=40, index=0, overdue=True)
+    coordinator.feed(Finishing(0, 40, True))
+    assert coordinator.feed(Begin()) == [Announce(40, 1, 1)]
+    assert coordinator.feed(Encoded(0, 40, 40, 1)) == [Commit(40, 1)]
+    assert coordinator.feed(Acknowledged(0, 40, 40)) == [Spill(40, 1)]
+    assert coordinator.feed(SpillEnded(1)) == [Stop()]
 
 
 def test_a_node_that_ends_at_another_step_does_not_keep_the_run_from_ending() -> None:
