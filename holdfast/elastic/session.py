@@ -213,7 +213,7 @@ class Run:
             )
         clock.lap("join")
         revive = partial(revive_keeper, self.name, place.node, memory, **starting)
-        self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
+        self._lifeline = Lifeline(link, revive)
         self._held.callback(self._lifeline.close)
         self._start(link, team.rank, restored)
         self._witness = Witness.summoned(os.environ, team.rank)
@@ -251,7 +251,7 @@ class Run:
                 chronicle.note(verdict)
 
         sums = self._running().take_sums
-        self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
+        self._heart = Heart(link.memory, lambda: link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
         self._held.callback(self._heart.stop)
 
     def _meet(self, team: Team, env: Environment, memory: Path, records: Path, entered_s: float) -> _Met:

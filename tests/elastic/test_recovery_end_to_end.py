@@ -108,6 +108,20 @@ def test_another_number_of_ranks_restores_from_memory(job, layout, before, after
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("ranks", [3, 6])  # one trainer or two on each node
+def test_a_node_that_loses_its_memory_under_living_trainers_protects_again(job, references, ranks):
+    """The trainers go on; then another node is lost, trainers and all, and is rebuilt with the first one's help."""
+    alone = {"step": 6, "kind": "memory", "ranks": [1], "committed": 3}
+    lost = {"step": 16, "kind": "node", "ranks": [2], "committed": 14}
+    arguments = ("--nodes", "3", "--steps", "24", "--keep-up", "--pace", "0.2", *deaths(alone, lost))
+    died = job.run(*arguments, ranks=ranks, restarts=1)
+    died.assert_equals(references.of("fsdp", ranks, steps=24))
+    assert died.log.count("has a place with its new keeper") == ranks // 3
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+    assert died.facts[0]["recovery"]["step"] >= 14
+
+
+@pytest.mark.campaign
 @pytest.mark.parametrize("layout", ["fsdp", "ddp"])
 def test_a_node_lost_after_a_change_of_world_is_rebuilt_though_no_snapshot_was_due(job, references, layout):
     """Four ranks become three, with a node's memory lost; a second node is lost before the interval brings a snapshot."""

@@ -165,6 +165,7 @@ sys.exit(host.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.campaign
 def test_a_coordinator_killed_before_the_second_attempt_leaves_a_step_that_is_encoded_when_it_is_back(
     shm: Path, wait_until: Wait, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,11 +34,11 @@ POINTS = {
     "coordinator": ("spill.begun", "spill.written"),
     "rebuild": ("rebuild.decoded", "rebuild.checked", "rebuild.encoded"),
     "again": ("lead.protecting",),
-    "return": ("keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
+    "return": ("keeper.reattached", "keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
     "end": ("keeper.stopping", "keeper.stopped", "preempt.saved", "rescue.rebuilt"),
 }
 """Every crash point of snapshots, by who passes it. "rebuild" ones are passed by a keeper that gets its lost memory back, "again"
-ones by the coordinator's where parity is made without a new capture, "return" ones when a keeper that died alone comes back, and
+ones by the coordinator's where parity is made without a new capture, "return" ones when a keeper comes back, and
 "end" ones when a run ends, is told to, or saves what is left of it."""
 
 AT_THE_START = ("keeper.attaching", "keeper.joined")
