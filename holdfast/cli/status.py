@@ -102,6 +102,7 @@ def text_of(job: JobStatus, now_s: float) -> str:
             _safe(job),
             *_often(job),
             *_troubles(job, now_s),
+            *_bereft(job.nodes, now_s),
             *_watched(job.nodes, now_s),
             "",
             table(columns, rows, right=range(len(columns) - 1)),
@@ -143,6 +144,16 @@ def _troubles(job: JobStatus, now_s: float) -> list[str]:
     found = Verdict(Trouble(last["trouble"]), tuple(last["guilty"]), last["confidence"], tuple(last["evidence"]))
     more = f" ({count(len(job.verdicts) - 1, 'verdict')} before)" if len(job.verdicts) > 1 else ""
     return [f"{_ago([last], now_s)}{more}: {found}"]
+
+
+def _bereft(nodes: list[NodeStatus], now_s: float) -> list[str]:
+    """Nodes that began anew without memory while their trainers went on."""
+    return [
+        f"node {node.node} lost its keeper and all that it held {_ago([node.bereft], now_s)}, after step {node.bereft['step']}; "
+        + ("a new one is in its place" if node.world else "a new one waits to be taken into the run")
+        for node in nodes
+        if node.alive and node.bereft
+    ]
 
 
 def _watched(nodes: list[NodeStatus], now_s: float) -> list[str]:

@@ -40,15 +40,24 @@ Tell = Callable[[Verdict], None]
 class Heart:
     """Beats from when it is built until `close`. To be built on the training thread, which then calls `step_done`.
 
-    who: rank and attachment; after_s: how long nothing moves before that is called a hang; sums: what was summed of the
-    state since it was last called, by step; tell: called, on the heart's thread,
-    with every verdict that does not name this rank and that no lower such rank is there to say.
+    who: rank and attachment, as they are now; after_s: how long nothing moves before that is called a hang; sums: what was summed
+    of the state since it was last called, by step; tell: called, on the heart's thread, with every verdict that does not name this
+    rank and that no lower such rank is there to say.
     """
 
     def __init__(
-        self, memory: Path, who: Mapping[str, Any], *, step: int, after_s: float, held: Iterable[Held], sums: Sums, tell: Tell
+        self,
+        memory: Path,
+        who: Callable[[], Mapping[str, Any]],
+        *,
+        step: int,
+        after_s: float,
+        held: Iterable[Held],
+        sums: Sums,
+        tell: Tell,
     ) -> None:
-        self._memory, self._who, self._after_s, self._sums, self._tell = memory, dict(who), after_s, sums, tell
+        self._memory, self._who, self._after_s, self._sums, self._tell = memory, who, after_s, sums, tell
+        self._rank = int(who()["rank"])
         tensors = list(held)
         self._peers = work_of(tensors)
         # While a GPU computes, its thread waits or spins; what it takes of a processor says nothing.
@@ -101,11 +110,11 @@ class Heart:
             left = self._closed.wait(every_s)
             try:
                 line = line or connect(self._memory, timeout_s=10)
-                answer = line.ask("pulse", said=asdict(self._pulse(left)), heard=self._heard, **self._who)
+                answer = line.ask("pulse", said=asdict(self._pulse(left)), heard=self._heard, **self._who())
             except KeeperUnreachable:  # the lifeline says so, and has it started again
                 line = None
             except (HoldfastError, OSError) as error:
-                logger.info("rank %d is no longer watched: %s", self._who["rank"], error)
+                logger.info("rank %d is no longer watched: %s", self._rank, error)
                 break
             else:
                 self._heard = answer["heard"]
@@ -144,7 +153,7 @@ class Heart:
                 Trouble(fields["trouble"]), tuple(fields["guilty"]), fields["confidence"], tuple(fields["evidence"])
             )
             speaker = next(rank for rank in range(len(verdict.guilty) + 1) if rank not in verdict.guilty)
-            if speaker == self._who["rank"]:
+            if speaker == self._rank:
                 self._tell(verdict)
 
 

@@ -72,13 +72,11 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """Where the run goes on from: `step`, the slot that holds it, and whether every node has it with parity. `checkpoint` is the
-    newest step that is a checkpoint, or 0. `rate` is how often this run is believed to fail."""
+    """Where the run goes on from: `step`, and the `plan` by which it was found in memory, if it was. `checkpoint` is the newest
+    step that is a checkpoint, or 0. `rate` is how often this run is believed to fail."""
 
     step: int = 0
-    index: int = 1
-    protected: bool = True
-    in_memory: bool = False
+    plan: RestorePlan | None = None
     recovery: Recovery | None = None
     checkpoint: int = 0
     rate: FailureRate = field(default_factory=FailureRate)
@@ -90,7 +88,7 @@ class Around:
 
     sources: the nodes for which this rank asks, by the place of their memory; host: this host's identity; known: what rank 0 knows;
     elsewhere: what all ranks answer for; stages: of every rank, where one may be substituted. `attach` is called on every rank as
-    soon as its own state is there from memory (`Restored.in_memory`), and again where that of another rank was not to be had.
+    soon as its own state is there from memory (`Restored.plan`), and again where that of another rank was not to be had.
     """
 
     sources: Mapping[int, Path]
@@ -152,7 +150,7 @@ def newest(state: TrackedState, team: Team, around: Around, surveys: list[Survey
             hopeless = True
         else:
             _raise_first(outcomes)
-            restored = _restored_from(plan, chosen.rung, team, notes, why)
+            restored = _restored_from(plan, chosen.rung, notes, why)
             return replace(restored, checkpoint=max(known.stored, default=0), rate=known.rate)
     if notes and not (known.problems or failed or distrusted or was_ever_safe(surveys)):
         if team.rank == 0:
@@ -355,15 +353,10 @@ def _unpacked(data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
         yield json.loads(data[start : start + head]), data[start + head : place]
 
 
-def _restored_from(plan: RestorePlan, rung: Rung, team: Team, notes: list[str], choice: tuple[str, ...]) -> Restored:
-    rebuilt = [item for item in plan.rebuilds if item.host == item.lost]
-    moved = len(plan.rebuilds) > len(rebuilt)
-    same_world = plan.world == team.world
+def _restored_from(plan: RestorePlan, rung: Rung, notes: list[str], choice: tuple[str, ...]) -> Restored:
     kind = "node" if plan.rebuilds else "trainer"
     recovery = Recovery(kind, rung, plan.step, notes=tuple(notes), choice=choice)
-    # A step that is whole and has no parity yet gets it before the next snapshot; after a change of layout the next one does.
-    protected = plan.protected or moved or not same_world
-    return Restored(plan.step, plan.index, protected, in_memory=True, recovery=recovery)
+    return Restored(plan.step, plan, recovery)
 
 
 def _raise_first(outcomes: list[Outcome]) -> None:

@@ -52,7 +52,7 @@ from holdfast.snapshot.client import Endpoint, Link
 from holdfast.snapshot.cluster import ensure_keepers, known_nodes, node_memory, revive_keeper
 from holdfast.snapshot.fence import Fence
 from holdfast.snapshot.lifeline import Lifeline
-from holdfast.snapshot.plan import Survey
+from holdfast.snapshot.plan import Survey, lies_as
 from holdfast.snapshot.priority import hurry_other
 from holdfast.snapshot.state import TrackedState
 from holdfast.snapshot.verdicts import Verdict
@@ -215,7 +215,7 @@ class Run:
         restored = restore.newest(self._tracked, team, around, surveys)
         if restored.recovery is None and met.begun:
             raise RestartNeeded("no step has been committed yet, and this process has begun one")
-        if not restored.in_memory:
+        if restored.plan is None:
             team.all(attach)
         link = links[0]
         if not self._join(team, met.places, own, restored, heard, ask):
@@ -224,7 +224,7 @@ class Run:
             )
         clock.lap("join")
         revive = partial(revive_keeper, self.name, place.node, memory, **starting)
-        self._lifeline = Lifeline(own, team.rank, revive, link.is_over)
+        self._lifeline = Lifeline(link, revive)
         self._held.callback(self._lifeline.close)
         self._start(link, team.rank, restored)
         self._witness = Witness.summoned(os.environ, team.rank)
@@ -261,7 +261,7 @@ class Run:
             self._keep_verdict(verdict)
 
         sums = self._running().take_sums
-        self._heart = Heart(link.memory, link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
+        self._heart = Heart(link.memory, lambda: link.who, step=self.step, after_s=after_s, held=held, sums=sums, tell=tell)
         self._held.callback(self._heart.stop)
 
     def _meet(self, team: Team, env: Environment, memory: Path, records: Path, entered_s: float) -> _Met:
@@ -361,7 +361,8 @@ class Run:
         ranks: dict[int, list[int]] = {}
         for rank, place in enumerate(places):
             ranks.setdefault(place.node, []).append(rank)
-        return View(
+        plan = restored.plan
+        view = View(
             job=self.name,
             epoch=max(found[node].epoch for node in ranks) + 1,
             world=len(places),
@@ -376,13 +377,17 @@ class Run:
             gpu_hours=restored.rate.gpu_hours,
             checkpoints=self._settings.checkpoints,
             committed=restored.step,
-            index=restored.index,
-            protected=restored.protected,
-            in_memory=restored.in_memory,
+            index=1 if plan is None else plan.index,
+            protected=True,
+            in_memory=plan is not None,
             spilled=restored.checkpoint,
             grace_s=self._settings.grace_s,
             guests=tuple(found[node].member for place in places for node in place.guests),
         )
+        if plan is not None and lies_as(plan, view):
+            # A step that is whole and has no parity yet gets it before the next snapshot.
+            return replace(view, protected=plan.protected)
+        return replace(view, cut_anew=restored.step > 0)
 
     def _explain(self, view: View, restored: Restored, world: int) -> None:
         parity = self._settings.redundancy.parity

@@ -47,8 +47,10 @@ class KeeperActor:
         return self._keeper.node
 
     def _leave(self, name: str) -> None:
-        """When the keeper closes, this actor ends for good; an exit alone would make Ray start it again."""
+        """When the keeper closes, this actor ends for good; an exit alone makes Ray start it again."""
         self._keeper.wait()
+        if self._keeper.is_robbed:
+            os._exit(1)
         ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
 
 

@@ -10,6 +10,7 @@ import socket
 import struct
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def write_endpoint(memory: Path, member: Member) -> None:
     fresh.touch(mode=0o600)
     fresh.write_text(json.dumps({**member.to_json(), "pid": os.getpid()}))
     fresh.rename(memory / ENDPOINT)
+
+
+def leave_address(memory: Path, member: Member, pid: int) -> None:
+    """See that a keeper that begins here has the port and token by which peers know its predecessor; not where one is there."""
+    memory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mine = memory / f"{ENDPOINT}.{os.getpid()}.new"
+    mine.touch(mode=0o600)
+    mine.write_text(json.dumps({**member.to_json(), "pid": pid}))
+    with suppress(FileExistsError):
+        os.link(mine, memory / ENDPOINT)
+    mine.unlink(missing_ok=True)
 
 
 def is_alive(pid: int, *, or_zombie: bool = False) -> bool:

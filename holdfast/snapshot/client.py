@@ -6,6 +6,7 @@ import json
 import logging
 import mmap
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,13 @@ def ask_once(memory: Path, verb: str, /, *, timeout_s: float = 60.0, **fields: A
 class Link:
     """What one rank needs of its keeper while it trains. Not for two threads at once, but for the words of `page`.
 
-    A keeper that was started again is found again with the next question. Slots and page outlive it.
+    A keeper that was started again is found again with the next question. Slots and page outlive it; where they do not, `reattach`
+    takes a place anew.
     """
 
     def __init__(self, memory: Path, rank: int, launch: str, body_nbytes: int) -> None:
         self.memory, self.rank = memory, rank
+        self._launch, self._room_nbytes = launch, body_nbytes
         self._connection = connect(memory)
         try:
             answer = self._connection.ask("attach", rank=rank, pid=os.getpid(), launch=launch, body_nbytes=body_nbytes)
@@ -71,6 +74,8 @@ class Link:
         self._who = {"rank": rank, "attachment": answer["attachment"]}
         self.page = ControlPage(Path(answer["control"]))
         self.page["pid"] = os.getpid()
+        self._former_pages: list[ControlPage] = []
+        self._next_attachment = secrets.token_hex(8)
         self._bodies: dict[int, _SlotBody] = {}
         self._known_layout = ""
         self._guard: tuple[str, bytes] | None = None
@@ -120,6 +125,10 @@ class Link:
 
     def filled(self, step: int, index: int, nbytes: int, layout: str, table: FragmentTable, objects: dict[str, str]) -> bool:
         """Hand a captured snapshot to the keeper; False when its round has been given up meanwhile."""
+        who, body = self._who, self._bodies.get(index)
+        # What was copied into a file that nobody finds any more is not what its successor of the same name holds.
+        if body is not None and not body.is_current():
+            raise StaleEpoch(f"{slot_name(self.rank, index)} was replaced while step {step} was captured into it")
         for _ in range(2):
             head = b"" if layout == self._known_layout else table.to_bytes()
             payload = len(head).to_bytes(8, "little") + head + json.dumps(objects).encode()
@@ -129,7 +138,7 @@ class Link:
                 "payload_nbytes": nbytes,
                 "layout": layout,
             }
-            answer = self.ask("filled", payload, **fields, **self._who)
+            answer = self.ask("filled", payload, **fields, **who)
             self._known_layout = "" if answer.get("table") else layout
             if not answer.get("table"):
                 return bool(answer["taken"])
@@ -151,15 +160,39 @@ class Link:
 
     def is_over(self) -> bool:
         """The run has ended on all nodes, saved or not."""
-        return self._closed or (self.page["stopped"] == self.page["epoch"] != 0)
+        page = self.page
+        return self._closed or (page["stopped"] == page["epoch"] != 0)
 
     def finishing(self, step: int, keep: bool) -> None:
         """Say that the loop has ended. The page says it as well, to a keeper that is just being started again."""
-        self.page.set_finished(step, keep=keep)
+        page = self.page
+        page.set_finished(step, keep=keep)
+        if self.page is not page:  # it has just been replaced
+            self.page.set_finished(step, keep=keep)
         try:
             self.ask("finishing", **self._who)
         except KeeperUnreachable as error:
             logger.warning("rank %d: its keeper is away and will read of the end on its return: %s", self.rank, error)
+
+    def reattach(self, view: dict[str, Any]) -> None:
+        """Take this rank's place with a keeper that has nothing of what its predecessor, a member of `view`, held.
+
+        May be called from any one thread beside the others: those go on with the former page and slots, of which nothing is taken
+        any more, until they come to the new ones. Raises StaleEpoch when another process has this rank's place.
+        """
+        former, room = self.page, max([self._room_nbytes, *(len(body.body) for body in self._bodies.copy().values())])
+        fields: dict[str, Any] = {
+            "rank": self.rank,
+            "pid": os.getpid(),
+            "launch": self._launch,
+            "attachment": self._next_attachment,
+        }
+        answer = ask_once(self.memory, "reattach", **fields, body_nbytes=room, words=former.words(), view=view)
+        page = ControlPage(Path(answer["control"]))
+        self._former_pages.append(former)
+        self.page, self._who = page, {"rank": self.rank, "attachment": self._next_attachment}
+        page.catch_up(former)
+        self._next_attachment = secrets.token_hex(8)
 
     def terminated(self, grace_s: float) -> None:
         """This process was told to end: blocks until the newest snapshot is a checkpoint, `grace_s` have passed, or it is clear
@@ -183,7 +216,8 @@ class Link:
             body.close()
         self._bodies.clear()
         self._committed, self._closed = self.committed_step, True
-        self.page.close()
+        for page in (self.page, *self._former_pages):
+            page.close()
         self._connection.close()
 
 

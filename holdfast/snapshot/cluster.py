@@ -26,6 +26,7 @@ from holdfast.environment import Environment, home, runtime_dir
 from holdfast.errors import ClusterError, ConfigError, HoldfastError, KeeperUnreachable, RayUnreachable, error_named
 from holdfast.snapshot.birth import Born, ask_cradle, holds_lock
 from holdfast.snapshot.client import Endpoint, ask_once
+from holdfast.snapshot.control import ControlPage
 from holdfast.snapshot.interval import Intervals
 from holdfast.snapshot.janitor import sweep
 
@@ -334,6 +335,9 @@ class NodeStatus:
     last_drill: dict[str, Any] | None = None
     intervals: dict[str, Any] | None = None
     verdicts: tuple[dict[str, Any], ...] = ()
+    bereft: dict[str, Any] | None = None
+    """Where the node's trainers have come to this keeper because all that the last one held was gone: when (`time_s`), and the
+    `step` that it had committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,6 +420,7 @@ def _node_status(place: Path) -> NodeStatus:
         last_drill=found["last_drill"],
         intervals=found["intervals"],
         verdicts=tuple(found["verdicts"]),
+        bereft=found["bereft"],
         **{
             word: sum(counts[word] for counts in found["counts"].values())
             for word in ("captured", "skipped", "dropped", "failed")
@@ -457,6 +462,8 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
         base = home(memory)
         nbytes = sum(_size(place) for place in base.glob("*/node-*"))
         nodes = [node for job in status(memory=memory) for node in job.nodes if node.alive]
+        for page in base.glob("*/node-*/control-*"):
+            _say_gone(page)
         ray = local_ray()
         for address in filter(None, [ray.address if ray else None, ray_address]):
             _in_helper("kill", json.dumps({"address": address}))
@@ -469,6 +476,14 @@ def down(*, memory: Path | None = None, ray_address: str | None = None) -> Clear
         shutil.rmtree(base, ignore_errors=True)
     shutil.rmtree(runtime_dir(), ignore_errors=True)
     return Cleared(len(nodes), ray is not None, nbytes)
+
+
+def _say_gone(path: Path) -> None:
+    """Trainers that live on do not have this keeper started again."""
+    with suppress(OSError):
+        page = ControlPage(path)
+        page["gone"] = 1
+        page.close()
 
 
 def _shut_down(place: Path) -> None:

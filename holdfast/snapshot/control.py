@@ -2,19 +2,22 @@
 
 Every word is an aligned 64-bit integer with a single writer, so neither side ever waits for the other. The training loop reads
 one word per step; that is all a step without a snapshot costs.
+
+`gone` says that the keeper was told to end and its memory given back: it does not come back, and is not to be brought back.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 NBYTES = 4096
 
 # word -> who writes it
 _TRAINER = {"pid": 0, "completed": 1, "finishing": 2, "capture_us": 3, "step_us": 4}
-_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12, "unsaved": 13, "look": 14}
+_KEEPER = {"epoch": 8, "target": 9, "committed": 10, "checkpoint": 11, "stopped": 12, "unsaved": 13, "look": 14, "gone": 15}
 COUNTS = {"completed": 1, "captured": 24, "skipped": 25, "dropped": 26, "failed": 27, "stall_us": 28}  # the trainer
 _GUARD = {"poisoned": 32}  # the keeper: the step at which it found parameters that are not finite, and was told to step back
 _WORDS = _TRAINER | _KEEPER | COUNTS | _GUARD
@@ -66,6 +69,21 @@ class ControlPage:
 
     def set_finished(self, step: int, *, keep: bool) -> None:
         self["finishing"] = step << 2 | keep << 1 | 1
+
+    def words(self) -> dict[str, int]:
+        """All that stands on the page, for one that takes its place."""
+        return {word: self[word] for word in _WORDS}
+
+    def take_over(self, words: Mapping[str, int]) -> None:
+        """Go on from another page's words; orders too, so that one which was carried out is not taken for new."""
+        for word in words.keys() & _WORDS.keys():
+            self[word] = words[word]
+
+    def catch_up(self, former: ControlPage) -> None:
+        """What the trainer still wrote to its former page while this one was taking that one's place."""
+        for word in _TRAINER | COUNTS:
+            if former[word] > self[word]:
+                self[word] = former[word]
 
     def close(self) -> None:
         self._words.release()

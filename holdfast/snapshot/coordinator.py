@@ -5,6 +5,7 @@ because recovery reads the slots' headers and never asks a coordinator.
 
 A step can only be committed when every rank has captured that same step. Ranks run freely, so the coordinator names a step that
 lies ahead of all of them; a rank that had already passed it says so, the round is given up, and the next one aims further.
+Where every rank has captured the step and only its parity could not be had, that is tried again in a new round of the same step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ CALM_ROUNDS = 16
 SPILL_TRIES = 4
 """Attempts at a checkpoint that cannot wait for the next commit, 1, 2 and 4 seconds apart, before the run goes on or ends
 without it."""
+
+ENCODE_TRIES = 6
+"""Attempts at the parity of a step that its ranks have captured, after the first: at once, then 1, 2, 4, 8 and 16 seconds apart."""
+
+UNPROTECTED = "unprotected"
+"""The reason of a node whose ranks' bytes are whole while their parity could not be had."""
 
 RETRY_LIMIT = 32
 """Most commits that pass between two attempts at a checkpoint that keeps failing; they double from one on."""
@@ -60,7 +67,8 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """A rank of the node cannot deliver `step`: it passed it, or its capture saw a mutation."""
+    """A rank of the node cannot deliver `step`: it passed it, or its capture saw a mutation; or, with the reason UNPROTECTED, its
+    bytes are there and the exchange of parity failed."""
 
     node: int
     step: int
@@ -112,11 +120,13 @@ class Announce:
 
 @dataclass(frozen=True, slots=True)
 class Protect:
-    """The restored `step` in slot `index` is whole on every node but has no parity yet: compute it before anything else."""
+    """The `step` in slot `index` has no parity yet, and its bytes are there: it was restored, or the last attempt at its parity
+    failed. Compute it after `delay_s`, before anything else. A rank that is still capturing it goes on."""
 
     step: int
     index: int
     round: int
+    delay_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +172,21 @@ class Coordinator:
         committed: int = 0,
         index: int = 1,
         protected: bool = True,
+        overdue: bool = False,
         spilled: int = 0,
     ) -> None:
         self.nodes = frozenset(nodes)
         self.every, self.checkpoint_every = every, checkpoint_every
         self.committed, self.index = committed, index
         self._unprotected = not protected
+        self._overdue = overdue
+        """Nothing that these nodes would be rebuilt from is committed: the next step is captured, whatever `every` says."""
         self.phase = Phase.WAITING
         self.step = 0
         self.round = 0
+        self._ordered = 0
+        """The round in which the step was announced; those after it are new attempts at its parity."""
+        self._tries = 0
         self.lead = 1
         self.given_up = 0
         self._spilled = spilled
@@ -213,8 +229,11 @@ class Coordinator:
 
     def _give_up(self, event: GivenUp) -> list[Action]:
         self._progress = max(self._progress, event.progress)
-        if event.round != self.round:
+        # What a rank says of its capture holds for every attempt at its parity; a failed exchange is one attempt's.
+        if event.round < (self.round if event.reason == UNPROTECTED else self._ordered):
             return []
+        if event.reason == UNPROTECTED and self._is_wanted():
+            return self._protect_again()
         self.given_up += 1
         at_the_end = len(self._finishing) == len(self.nodes)
         self._failed_last += at_the_end and event.reason not in ("passed", "busy")  # who is busy will be done soon
@@ -232,7 +251,7 @@ class Coordinator:
             return []
         # Only now may the older slot be refilled: every node has the newer one committed.
         self.committed, self.index = self.step, 1 - self.index
-        self._unprotected = False
+        self._unprotected = self._overdue = False
         self._commits += 1
         self._calm += 1
         if self._calm >= CALM_ROUNDS:
@@ -263,7 +282,7 @@ class Coordinator:
     def _finish_while_filling(self, event: Finishing) -> list[Action]:
         self._finish(event)
         passed = self.step > event.step  # a node that has ended will never reach the announced step
-        return self._next() if passed else []
+        return self._next() if passed or (self._tries and not self._is_wanted()) else []
 
     def _ignore(self, event: Input) -> list[Action]:
         return []
@@ -282,15 +301,18 @@ class Coordinator:
         if self._finishing or self._is_spilling(1 - self.index):
             return []
         ahead = self._progress + self.lead
-        return self._announce(-(-ahead // self.every) * self.every)
+        return self._announce(-(-ahead // self._stride) * self._stride)
+
+    @property
+    def _stride(self) -> int:
+        return 1 if self._overdue else self.every
 
     def _last(self) -> list[Action]:
         steps = {event.step for event in self._finishing.values()}
-        step = max(steps)
-        keep = any(event.keep for event in self._finishing.values()) and step > 0
+        step, keep = max(steps), self._keeps()
         # Nodes that ended at different steps have no last step in common that could be captured.
         wanted = keep and len(steps) == 1 and self._failed_last < LAST_TRIES
-        if wanted and self.committed < step:
+        if wanted and (self.committed < step or self._overdue):
             return [] if self._is_spilling(1 - self.index) else self._announce(step)
         spill = self._spill()
         if spill or self._spilling is not None:
@@ -298,16 +320,38 @@ class Coordinator:
         self.phase = Phase.STOPPED
         return [Stop(saved=not keep or not self.checkpoint_every or self._spilled >= step)]
 
+    def _keeps(self) -> bool:
+        """Somebody waits for the last step to be kept."""
+        return any(event.keep and event.step for event in self._finishing.values())
+
     def _protect(self) -> list[Action]:
         self.index = 1 - self.index  # until it is committed, the other slot is the one that may not be touched
         self._open_round(self.committed)
+        self._ordered = self.round
         return [Protect(self.step, 1 - self.index, self.round)]
+
+    def _is_wanted(self) -> bool:
+        """Another attempt at this step's parity protects the run sooner than the next snapshot would."""
+        if self._tries >= ENCODE_TRIES:
+            return False
+        if len(self._finishing) == len(self.nodes):
+            return self._keeps() and self.step == max(event.step for event in self._finishing.values())
+        # The next snapshot would empty the slot of a restored step, which nothing else may hold by now.
+        return self._unprotected or self._progress < (self.step // self._stride + 1) * self._stride
+
+    def _protect_again(self) -> list[Action]:
+        delay_s, self._tries = _pause_s(self._tries), self._tries + 1
+        self._open_round(self.step)
+        return [Protect(self.step, 1 - self.index, self.round, delay_s)]
 
     def _announce(self, step: int) -> list[Action]:
         self._open_round(step)
+        self._ordered = self.round
         return [Announce(step, 1 - self.index, self.round)]
 
     def _open_round(self, step: int) -> None:
+        if step != self.step:
+            self._tries = 0
         self.phase, self.step, self._waiting = Phase.FILLING, step, set(self.nodes)
         self.round += 1
 
@@ -318,9 +362,9 @@ class Coordinator:
         """Have the committed step written, where it is due and nothing else is being written."""
         if not self.checkpoint_every or self._spilling is not None or self._spilled >= self.committed:
             return []
-        if self._unprotected or self.phase is Phase.WAITING:
+        if self._unprotected or self._overdue or self.phase is Phase.WAITING:
             return []  # the slots are not in the state that `committed` and `index` speak of
-        last = len(self._finishing) == len(self.nodes) and any(event.keep for event in self._finishing.values())
+        last = len(self._finishing) == len(self.nodes) and self._keeps()
         if last or self._spilled < self._hurry:
             due, delay_s = self._spill_failures < SPILL_TRIES, _pause_s(self._spill_failures)
         else:
@@ -356,11 +400,13 @@ _TABLE: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.IDLE, SpillEnded): Coordinator._spill_ended,
     (Phase.IDLE, Hurry): Coordinator._hurry_up,
     (Phase.IDLE, Finishing): Coordinator._finish,
+    (Phase.IDLE, Acknowledged): Coordinator._ignore,  # told twice: its message was sent again when a connection broke
     (Phase.IDLE, GivenUp): Coordinator._ignore,
     (Phase.IDLE, Encoded): Coordinator._ignore,
     (Phase.STOPPED, SpillEnded): Coordinator._ignore,
     (Phase.STOPPED, Hurry): Coordinator._ignore,
     (Phase.STOPPED, Finishing): Coordinator._ignore,
+    (Phase.STOPPED, Acknowledged): Coordinator._ignore,
     (Phase.STOPPED, GivenUp): Coordinator._ignore,
     (Phase.STOPPED, Encoded): Coordinator._ignore,
 }

@@ -32,7 +32,7 @@ from holdfast.coding import crc32c
 from holdfast.errors import ClusterError, KeeperUnreachable, MissingData, StaleEpoch
 from holdfast.events import crash_point, emit
 from holdfast.snapshot import spill
-from holdfast.snapshot.birth import SOCKET, advertised, host_identity, identity, listen, only_one, write_endpoint
+from holdfast.snapshot.birth import LOCK, SOCKET, advertised, host_identity, identity, listen, only_one, write_endpoint
 from holdfast.snapshot.control import COUNTS
 from holdfast.snapshot.coordinator import Acknowledged, Finishing, Input
 from holdfast.snapshot.diagnosis import Diagnosis
@@ -60,8 +60,11 @@ logger = logging.getLogger(__name__)
 UNLOCKED = frozenset({"parity", "spill", "pulses"})
 """Verbs of an epoch that move many bytes or compare many ranks; they guard themselves. All others run while nothing changes."""
 
-URGENT = {"ping", "attach", "survey", "tables", "join", "begin", "rebuild", "share", "decode"}
+URGENT = {"ping", "attach", "reattach", "survey", "tables", "join", "begin", "rebuild", "share", "decode"}
 """Trainers stand still until these are answered."""
+
+LOOKED_EVERY_S = 1.0
+"""Between two looks whether the memory is still there."""
 
 NEED_CONNECTION = frozenset({"attach", "hello", "range", "share", "decode"})
 
@@ -86,6 +89,10 @@ class Keeper:
         self._closed = threading.Event()
         self._released = threading.Event()
         self._ending = False
+        self.is_robbed = False
+        """Its memory was removed while it lived."""
+        self.bereft: Header | None = None
+        """When this node's trainers came here because all that their last keeper held was gone, and what it had committed."""
         self._guard = only_one(memory)
         self.slots = NodeSlots(job, node, memory)
         self.lock, self.outlines = self.slots.lock, Outlines(self.slots)
@@ -151,6 +158,32 @@ class Keeper:
             answer = self.trainers.attach(rank, pid, launch, body_nbytes, connection)
             self._write_down()
         return answer
+
+    def verb_reattach(
+        self, rank: int, pid: int, launch: str, attachment: str, body_nbytes: int, words: dict[str, int], view: Header
+    ) -> Header:
+        """A trainer of `view` lives on, and its node's memory is gone with the last keeper. It gets a new page and new slots.
+
+        With the last one of the node this keeper returns into the run like one that was started again, and has its slots rebuilt.
+        """
+        former = View.from_json(view)
+        with self.lock:
+            if not self.trainers.knows(rank, attachment):
+                self.members.learn(former)
+                self.bereft = {"time_s": time.time(), "step": words.get("committed", 0)}
+            answer = self.trainers.reattach(rank, pid, launch, attachment, body_nbytes, words)
+            known = self.members.former
+            if known is not None and self.trainers.are_all_here(ranks := known.member(self.node).ranks):
+                self.trainers.belong(ranks, known.epoch)
+                self.regroup.start()
+            self._write_down()
+            crash_point("keeper.reattached")
+        return answer
+
+    def verb_membership(self) -> Header:
+        """The members of this epoch, or of the last one there was. Trainers remember them, should this keeper lose its memory."""
+        view = self.members.known()
+        return {"view": view.to_json() if view is not None else None}
 
     def verb_hello(self, rank: int, attachment: str, connection: int) -> None:
         """A trainer that is attached already speaks over a new connection."""
@@ -353,6 +386,7 @@ class Keeper:
                 "world": self.members.view.world if self.members.view else 0,
                 "counts": {str(rank): {word: page[word] for word in COUNTS} for rank, page in self.trainers.pages.items()},
                 "refused": self.poison.refused,
+                "bereft": self.bereft,
                 "verdicts": self.diagnosis.verdicts,
                 "intervals": asdict(self.lead.intervals) if self.lead.intervals else None,
                 **self.watch.status(),
@@ -423,6 +457,8 @@ class Keeper:
             if self._closed.is_set():
                 return
             self._closed.set()
+            if free:
+                self.trainers.say(self.trainers.pages, gone=1)  # they would have it started again
         self.rounds.close()
         self.members.close()
         self._server.close()
@@ -437,5 +473,19 @@ class Keeper:
         self._released.set()
 
     def wait(self) -> None:
-        """Block until the keeper has been closed and everything it had to say is said."""
-        self._released.wait()
+        """Block until the keeper has been closed and everything it had to say is said.
+
+        One whose memory is removed under it closes itself: nobody on this host would find it any more, and its trainers have
+        another one started in its place.
+        """
+        while not self._released.wait(LOOKED_EVERY_S):
+            if not self.is_closed and not self._has_memory():
+                logger.error("node %d: the memory in %s was removed; this keeper ends", self.node, self.memory)
+                self.is_robbed = True
+                self.close(free=False)
+
+    def _has_memory(self) -> bool:
+        try:
+            return os.stat(self.memory / LOCK).st_ino == os.fstat(self._guard).st_ino
+        except FileNotFoundError:
+            return False

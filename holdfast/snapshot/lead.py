@@ -28,6 +28,7 @@ from holdfast.snapshot.coordinator import (
     GivenUp,
     Hurry,
     Input,
+    Phase,
     Protect,
     Spill,
     SpillEnded,
@@ -79,6 +80,7 @@ class Lead:
                 committed=view.committed,
                 index=view.index,
                 protected=view.protected,
+                overdue=view.cut_anew,
                 spilled=view.spilled,
             )
 
@@ -114,8 +116,12 @@ class Lead:
             case Announce(step, index, number):
                 look = self._keeper.diagnosis.look()
                 self._members.broadcast("announce", step=step, index=index, round=number, look=look)
-            case Protect(step, index, number):
-                self._members.broadcast("protect", step=step, index=index, round=number)
+            case Protect(delay_s=0):
+                self._protect(action)
+            case Protect():
+                threading.Thread(
+                    target=self._protect_later, args=(action, coordinator), name="holdfast-again", daemon=True
+                ).start()
             case Commit(step, index):
                 self._members.broadcast("commit", step=step, index=index)
             case Stop(saved):
@@ -126,6 +132,18 @@ class Lead:
                 threading.Thread(
                     target=self._spill, args=(action, view, coordinator), name="holdfast-spill", daemon=True
                 ).start()
+
+    def _protect(self, action: Protect) -> None:
+        crash_point("lead.protecting")
+        self._members.broadcast("protect", step=action.step, index=action.index, round=action.round)
+
+    def _protect_later(self, action: Protect, coordinator: Coordinator) -> None:
+        if self._keeper.wait_closed(action.delay_s):
+            return
+        with self._lock:
+            is_due = (coordinator.phase, coordinator.round) == (Phase.FILLING, action.round)
+            if is_due and coordinator is self.coordinator and self._members.view is not None:
+                self._protect(action)
 
     # -- checkpoints --
 

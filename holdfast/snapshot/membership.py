@@ -118,6 +118,15 @@ class Membership:
         fresh.write_text(json.dumps(fields))
         fresh.rename(self._journal)
 
+    def learn(self, view: View) -> None:
+        """A keeper that begins without memory hears of the epoch that its predecessor was in, and is adrift from now on."""
+        if self.view is not None:
+            raise StaleEpoch(f"the keeper of node {self.node} is in epoch {self.epoch} already")
+        if self.node not in view.nodes:
+            raise StaleEpoch(f"node {self.node} was no member of epoch {view.epoch}")
+        if view.epoch > self.epoch:
+            self.former, self.epoch, self.promised = view, view.epoch, max(self.promised, view.epoch)
+
     def touch(self) -> None:
         """Note that the run is alive; the age of what it leaves counts from here."""
         try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.snapshot.slots import SlotState
-from holdfast.snapshot.view import GroupRecord, Member
+from holdfast.snapshot.view import GroupRecord, Member, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Rebuild:
 class RestorePlan:
     """Return to `step`: `holders` says on which node each rank's slot is once the rebuilds are done.
 
-    Another node may hold a rank's slot as well, and nobody reads it.
+    Another node may hold a rank's slot as well, and nobody reads it. `groups` are those that have parity of it.
     """
 
     epoch: int
@@ -79,6 +79,7 @@ class RestorePlan:
     holders: Mapping[int, int]
     rebuilds: tuple[Rebuild, ...]
     protected: bool
+    groups: tuple[GroupRecord, ...] = ()
 
     @property
     def missing(self) -> list[int]:
@@ -106,6 +107,17 @@ def plan_restore(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()
         if plan is not None:
             return plan, reasons
     return None, reasons
+
+
+def lies_as(plan: RestorePlan, view: View) -> bool:
+    """The step lies where the members of `view` would capture it, in the groups that they form: what protects it protects them.
+
+    Elsewhere it is a source to restore from, until something newer is committed, and cannot be encoded anew.
+    """
+    homes = {rank: member.node for member in view.members for rank in member.ranks}
+    formed = {group.nodes: group.layout.m for group in view.groups()}
+    found = {tuple(record.node for record in group.records): group.parity for group in plan.groups}
+    return plan.world == view.world and plan.holders == homes and found.items() <= formed.items()
 
 
 def plan_remains(surveys: Sequence[Survey], distrusted: Distrusted = frozenset()) -> RestorePlan | None:
@@ -183,7 +195,8 @@ def _plan_for(
     away = any(
         holders[rank.rank] != record.node for group in groups.values() for record in group.records for rank in record.ranks
     )
-    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected=(committed and whole) or away)
+    protected = (committed and whole) or away
+    return RestorePlan(epoch, step, index, world, holders, tuple(rebuilds), protected, tuple(groups.values()))
 
 
 def _rebuilds(

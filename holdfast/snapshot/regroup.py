@@ -14,15 +14,16 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from holdfast import ckpt
-from holdfast.errors import HoldfastError, StaleEpoch
+from holdfast.errors import HoldfastError, KeeperUnreachable, StaleEpoch
 from holdfast.events import crash_point, emit
 from holdfast.snapshot.peers import ask
-from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, plan_restore
+from holdfast.snapshot.plan import Distrusted, RestorePlan, Survey, lies_as, plan_restore
 from holdfast.snapshot.view import Member, View
 from holdfast.snapshot.wire import Header
 
@@ -33,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 PAUSE_S = (0.05, 2.0)
 """Between two attempts, from the first to the longest; they double."""
+
+GUEST_S = 5.0
+"""How long a keeper may take to answer that may have been released."""
 
 REPORTED_S = 10.0
 """How long a keeper waits for an epoch after it has told the coordinator's that it is back, before it says so again."""
@@ -133,8 +137,8 @@ class Regroup:
         epoch = max(ask(member, "survey")["epoch"] for member in members) + 1
         told = {member.node: ask(member, "fence", epoch=epoch, nodes=sorted(view.nodes)) for member in members}
         crash_point("regroup.fenced")
-        surveys = [Survey.from_json(answer["survey"]) for answer in told.values()]
-        plan, reasons = make_whole(surveys, {member.node: member for member in members})
+        surveys = [Survey.from_json(answer["survey"]) for answer in told.values()] + _of_guests(view)
+        plan, reasons = make_whole(surveys, {member.node: member for member in (*view.guests, *members)})
         fresh = formed(view, epoch, members, plan, newest_checkpoint(view.checkpoints))
         # Ours first: what the others have to say to the coordinator as soon as they have joined must find it there.
         for member in sorted(members, key=lambda member: member.node != self._keeper.node):
@@ -154,16 +158,20 @@ class Regroup:
 
 def formed(view: View, epoch: int, members: Sequence[Member], plan: RestorePlan | None, spilled: int) -> View:
     """The next epoch of the same nodes, which goes on from what `plan` found."""
-    return replace(
-        view,
-        epoch=epoch,
-        members=tuple(members),
-        committed=plan.step if plan else 0,
-        index=plan.index if plan else 1,
-        protected=plan is None or plan.protected,
-        in_memory=True,
-        spilled=spilled,
-    )
+    fresh = replace(view, epoch=epoch, members=tuple(members), in_memory=True, spilled=spilled)
+    if plan is None:
+        return replace(fresh, committed=0, index=1, protected=True, cut_anew=True)
+    here = lies_as(plan, fresh)
+    return replace(fresh, committed=plan.step, index=plan.index, protected=plan.protected or not here, cut_anew=not here)
+
+
+def _of_guests(view: View) -> list[Survey]:
+    """What keepers of an earlier membership still hold of the step that this one was restored from."""
+    found = []
+    for guest in view.guests:
+        with suppress(KeeperUnreachable):
+            found.append(Survey.from_json(ask(guest, "survey", timeout_s=GUEST_S)))
+    return found
 
 
 def make_whole(surveys: Sequence[Survey], members: Mapping[int, Member]) -> tuple[RestorePlan | None, list[str]]:

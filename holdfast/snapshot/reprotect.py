@@ -7,11 +7,14 @@ It is made by the rounds' worker, before anything of the next snapshot, from the
 be of another step without being noticed: the CRCs that it is compared with at the end are asked for after the last byte was read,
 and nobody gives one for a slot that has gone on. And since the capture was some time ago, every peer looks once more at what it
 holds: parity of bytes that have rotted would be a promise to bring back the rot.
+
+What fails is tried again, ever more rarely, for as long as no newer snapshot is committed: a peer may have been away for a moment.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -32,6 +35,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PAUSE_S = (0.5, 30.0)
+"""Between two attempts, from the first to the longest; they double."""
+
+TRIES = 20
+"""After which what fails is no passing trouble: nine minutes."""
+
 
 class Reprotect:
     """What this node owes its group, from a rebuild on until it has its parity again or a newer snapshot brings it."""
@@ -39,20 +48,21 @@ class Reprotect:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper, self._members, self._slots, self._lock = keeper, keeper.members, keeper.slots, keeper.lock
         self._owed: GroupRecord | None = None
+        self._failures = 0
 
     def owe(self, group: GroupRecord) -> None:
         """The bytes of the group's step are here again, its parity is not. Called with the lock held."""
         self._slots.void(parity_name(group.index), group.epoch)
-        self._owed = group
+        self._owed, self._failures = group, 0
         if self._members.view is not None:  # else others may be rebuilt as well, and the epoch begins when all are
             self._keeper.rounds.put(partial(self._encode, group))
 
     def joined(self, view: View) -> None:
-        """An epoch begins. Where it has to encode its step anew everywhere, nothing is owed. Called with the lock held."""
+        """An epoch begins. Where its step is encoded or captured anew everywhere, nothing is owed. Called with the lock held."""
         group = self._owed
         if group is None:
             return
-        if view.protected and view.in_memory and view.committed == group.step:
+        if view.protected and view.in_memory and not view.cut_anew and view.committed == group.step:
             self._keeper.rounds.put(partial(self._encode, group))
         else:
             self._owed = None
@@ -62,7 +72,7 @@ class Reprotect:
     def _encode(self, group: GroupRecord) -> None:
         readers: Mapping[int, SlotReader] = {}
         with self._lock:
-            if self._owed is not group:
+            if self._owed is not group or not self._is_newest(group):
                 return
             room = group.parity * group.block_nbytes + META_ROOM
             slot = self._slots.empty(parity_name(group.index), -1, group.index, group.epoch, room)
@@ -84,6 +94,13 @@ class Reprotect:
                 reader.close()
         logger.info("node %d has its parity of step %d again", self._keeper.node, group.step)
         emit("snapshot.reprotected", job=self._keeper.job, node=self._keeper.node, step=group.step)
+
+    def _is_newest(self, group: GroupRecord) -> bool:
+        """The group's step is still what this node would be rebuilt to: no newer one is committed. Called with the lock held."""
+        held = [
+            slot.header for slot in self._slots.values() if slot.header.state is SlotState.COMMITTED and slot.header.rank >= 0
+        ]
+        return bool(held) and max((header.step, header.epoch) for header in held) == (group.step, group.epoch)
 
     def _encode_row(self, group: GroupRecord, row: int, readers: Mapping[int, SlotReader], slot: Slot, sequence: int) -> int:
         crc, base = 0, row * group.block_nbytes
@@ -116,12 +133,23 @@ class Reprotect:
 
     def _failed(self, group: GroupRecord, error: Exception) -> None:
         with self._lock:
-            present = self._members.view is not None and self._owed is group
+            present = self._members.view is not None and self._owed is group and self._is_newest(group)
+            self._failures += 1
+            pause_s = min(PAUSE_S[0] * 2 ** (self._failures - 1), PAUSE_S[1]) if self._failures < TRIES else None
         level = logging.WARNING if present else logging.INFO  # in an epoch that is over, nobody waits for it
+        again = "until the next snapshot" if pause_s is None or not present else f"and tries again in {pause_s:.1f} s"
         logger.log(
             level,
-            "node %d has its bytes of step %d back and not yet its parity, so it protects nobody until the next snapshot: %s",
+            "node %d has its bytes of step %d back and not yet its parity, so it protects nobody %s: %s",
             self._keeper.node,
             group.step,
+            again,
             error,
         )
+        if present and pause_s is not None:
+            args = (group, pause_s, self._members.epoch)
+            threading.Thread(target=self._again, args=args, name="holdfast-again", daemon=True).start()
+
+    def _again(self, group: GroupRecord, pause_s: float, epoch: int) -> None:
+        if not self._keeper.wait_closed(pause_s) and self._members.epoch == epoch:
+            self._keeper.rounds.put(partial(self._encode, group))

@@ -3,6 +3,9 @@
 Announced (slot FILLING) → filled by the trainers → checksummed (VERIFIED) → peers told → parity exchanged (ENCODED) → committed
 on the coordinator's word (COMMITTED). Every arrow has a crash point; whatever dies at one, the older slot is still COMMITTED on
 every node. What takes time runs on one worker thread, and what it found is sealed only if its round is still the present one.
+
+An exchange that failed, because a peer or the network was away for a moment, is done once more in a round of its own: what the
+trainers have captured stays as it is. A message that was sent twice, for want of an answer, is heard once.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from holdfast.arrays import FragmentTable
 from holdfast.coding import crc32c
 from holdfast.errors import CorruptData, HoldfastError, StaleEpoch
 from holdfast.events import crash_point
-from holdfast.snapshot.coordinator import Encoded, GivenUp
+from holdfast.snapshot.coordinator import UNPROTECTED, Encoded, GivenUp
 from holdfast.snapshot.exchange import RowsInFlight, SlotReader, parity_name, slot_name
 from holdfast.snapshot.outline import base_of
 from holdfast.snapshot.parity import Base, Forward, committed_row, encode_stripe, receive_piece
@@ -40,12 +43,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Round:
-    """One attempt at a snapshot: `step` into slot `index`. `rows` counts the parity that has arrived for it."""
+    """One attempt at a snapshot: `step` into slot `index`. `rows` counts the parity that has arrived for it.
+
+    `ordered` is the round in which it was announced: what ranks capture for that one counts in all attempts that follow.
+    """
 
     epoch: int
     number: int
     step: int
     index: int
+    ordered: int
+    is_published: bool = False
+    """All ranks here are verified, and the group has been told."""
     rows: RowsInFlight | None = None
 
 
@@ -54,7 +63,7 @@ class Rounds:
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper, self._members, self._slots, self._lock = keeper, keeper.members, keeper.slots, keeper.lock
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], None], Round | None] | None] = queue.SimpleQueue()
         self.tables: dict[int, tuple[str, FragmentTable]] = {}
         self.present: Round | None = None
         self.groups: dict[int, dict[int, NodeRecord]] = {}
@@ -68,11 +77,11 @@ class Rounds:
         self.present = None
         self.groups.clear()
         self.tables.clear()
-        self._jobs.put(self._close_readers)  # they map memory that the next epoch may not need any more
+        self.put(self._close_readers)  # they map memory that the next epoch may not need any more
 
-    def put(self, job: Callable[[], None]) -> None:
-        """Have the worker do this after what it has to do already."""
-        self._jobs.put(job)
+    def put(self, job: Callable[[], None], now: Round | None = None) -> None:
+        """Have the worker do this after what it has to do already. If it fails, `now` is given up."""
+        self._jobs.put((job, now))
 
     def close(self) -> None:
         self._jobs.put(None)
@@ -102,7 +111,7 @@ class Rounds:
             if self.tables.get(rank, ("", None))[0] != layout:
                 return {"taken": False, "table": True}
             self.filled_at = time.monotonic()
-        self._jobs.put(lambda: self._verify(now, rank, payload_nbytes, objects))
+        self.put(lambda: self._verify(now, rank, payload_nbytes, objects), now)
         return {"taken": True}
 
     def verb_give_up(self, rank: int, attachment: str, step: int, reason: str) -> None:
@@ -133,7 +142,9 @@ class Rounds:
         A `look` that was not announced before has them sum that portion of what they hold alike.
         """
         with self._lock:
-            self._enter(step, index, round)
+            if self._is_known(round):
+                return
+            self._enter(Round(self._members.epoch, round, step, index, ordered=round))
             ranks = self._members.local_ranks
             for name in (*(slot_name(rank, index) for rank in ranks), parity_name(index)):
                 self._slots.void(name, self._members.epoch)
@@ -143,15 +154,29 @@ class Rounds:
                 self._keeper.trainers.pages[rank].set_target(step, index)
 
     def verb_protect(self, step: int, index: int, round: int) -> None:
-        """Compute the parity of a restored step that is whole here but was never committed."""
+        """Compute the parity of a step that was restored, or whose last exchange failed; as soon as all ranks here have it."""
         with self._lock:
-            now = self._enter(step, index, round)
-        self._jobs.put(lambda: self._publish(now))
+            if self._is_known(round):
+                return
+            last = self.present
+            is_same = last is not None and (last.step, last.index) == (step, index)
+            ordered = last.ordered if last is not None and is_same else round
+            now = self._enter(Round(self._members.epoch, round, step, index, ordered))
+        self.put(lambda: self._publish(now), now)
 
-    def _enter(self, step: int, index: int, number: int) -> Round:
-        self.present = Round(self._members.epoch, number, step, index)
-        self.groups = {other: group for other, group in self.groups.items() if other >= number}
-        return self.present
+    def _is_known(self, number: int) -> bool:
+        return self.present is not None and self.present.number >= number
+
+    def _enter(self, now: Round) -> Round:
+        self.present = now
+        self.groups = {other: group for other, group in self.groups.items() if other >= now.number}
+        return now
+
+    def _continued(self, now: Round) -> Round | None:
+        """The present round, where what was captured for `now` counts in it."""
+        present = self.present
+        same = present is not None and (present.epoch, present.ordered) == (now.epoch, now.ordered)
+        return present if same else None
 
     def verb_verified(self, round: int, record: Header) -> None:
         """A node of the group has checked all its ranks' slots; with the last one, parity can be computed.
@@ -164,9 +189,11 @@ class Rounds:
             if round < (now.number if now else 0):
                 return
             group = self.groups.setdefault(round, {})
+            if found.node in group:
+                return
             group[found.node] = found
             if len(group) == len(self._members.group_nodes):
-                self._jobs.put(lambda: self._encode(round))
+                self.put(lambda: self._encode(round), now)
 
     def verb_parity(
         self,
@@ -198,7 +225,7 @@ class Rounds:
             if self.present is now and receive_piece(
                 self._row(now, row, block_nbytes), row, offset, payload, rows, is_change=last is not None
             ):
-                self._jobs.put(lambda: self._protected(now))
+                self.put(lambda: self._protected(now), now)
 
     def _adopt_row(self, now: Round, last: Slot, row: int, block_nbytes: int) -> None:
         """The row begins as what it was in the last snapshot; piece by piece, so that nobody waits long for the lock."""
@@ -214,32 +241,32 @@ class Rounds:
     # -- the worker: everything that takes time --
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (item := self._jobs.get()) is not None:
+            job, now = item
             priority.busy(since=time.monotonic())
             try:
                 job()
             # A snapshot that fails, for whatever reason, is given up and counted; training goes on and the next one is tried.
             except (HoldfastError, OSError) as error:
                 logger.error("snapshot given up on node %d: %s: %s", self._keeper.node, type(error).__name__, error)
-                self._give_up()
+                self._give_up(now)
             except Exception:
                 logger.exception("snapshot given up on node %d", self._keeper.node)
-                self._give_up()
+                self._give_up(now)
             finally:
                 priority.busy(since=None)
         self._close_readers()
 
-    def _give_up(self) -> None:
+    def _give_up(self, now: Round | None) -> None:
         with self._lock:
-            now = self.present
-            if now is not None and self._members.view is not None:
-                progress = self._keeper.progress()
-                self._keeper.tell(GivenUp(self._keeper.node, now.step, progress, "failed", now.number))
+            if now is not None and self._continued(now) is not None and self._members.view is not None:
+                reason = UNPROTECTED if now.is_published else "failed"
+                self._keeper.tell(GivenUp(self._keeper.node, now.step, self._keeper.progress(), reason, now.number))
 
     def _verify(self, now: Round, rank: int, payload_nbytes: int, objects: dict[str, str]) -> None:
         """Checksum a filled slot and seal it with its table, objects and header."""
         with self._lock:
-            if self.present is not now:
+            if self._continued(now) is None:
                 return
             slot, table = self._slots[slot_name(rank, now.index)], self.tables[rank][1]
         crash_point("snapshot.filled")
@@ -248,12 +275,13 @@ class Rounds:
             return
         seal = summed(slot, table, objects, payload_nbytes, self._keeper.outlines.marks(slot.path.name))
         with self._lock:
-            if self.present is not now:
+            present = self._continued(now)
+            if present is None:
                 return  # another round may be filling this slot by now
             outline = seal_rank(slot, seal, now.epoch, now.step, self._members.current().world)
             self._keeper.outlines.put(slot.path.name, outline)
         crash_point("snapshot.verified")
-        self._publish(now)
+        self._publish(present)
 
     def _publish(self, now: Round) -> None:
         """Tell the group, once all ranks here are verified."""
@@ -261,7 +289,8 @@ class Rounds:
             if self.present is not now:
                 return
             record = self._node_record(now.step, now.index)
-            if record is not None:
+            if record is not None and not now.is_published:
+                now.is_published = True
                 for node in self._members.group_nodes:
                     self._members.post(node, "verified", round=now.number, record=record.to_json())
 

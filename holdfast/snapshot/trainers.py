@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ConfigError, StaleEpoch
+from holdfast.errors import ConfigError, KeeperUnreachable, StaleEpoch
 from holdfast.events import crash_point
 from holdfast.snapshot.birth import is_alive
 from holdfast.snapshot.control import ControlPage
@@ -64,10 +64,32 @@ class Trainers:
         self._connections[rank] = connection
         return {"control": str(self._page(rank)), "attachment": attachment}
 
-    def check(self, rank: int, attachment: str) -> None:
-        """Raise StaleEpoch unless `attachment` is the rank's present one."""
+    def reattach(self, rank: int, pid: int, launch: str, attachment: str, body_nbytes: int, words: Mapping[str, int]) -> Header:
+        """As `attach`, for a trainer that lives on while all that its node held is gone: its page goes on from these words."""
         found = self._attached.get(rank)
-        if found is None or found["attachment"] != attachment:
+        if found is None:
+            self._replace_page(rank)
+            self.pages[rank].take_over(words)
+            for index in (0, 1):
+                self._slots.room(slot_name(rank, index), rank, index, body_nbytes + META_ROOM)
+            self._attached[rank] = {"pid": pid, "launch": launch, "attachment": attachment, "epoch": -1}
+        else:
+            self.check(rank, attachment)  # asked once more: the answer was lost
+        return {"control": str(self._page(rank))}
+
+    def knows(self, rank: int, attachment: str) -> bool:
+        found = self._attached.get(rank)
+        return found is not None and found["attachment"] == attachment
+
+    def are_all_here(self, ranks: Iterable[int]) -> bool:
+        return all(rank in self._attached for rank in ranks)
+
+    def check(self, rank: int, attachment: str) -> None:
+        """Raise StaleEpoch unless `attachment` is the rank's present one; KeeperUnreachable where nobody has ever had its place."""
+        found = self._attached.get(rank)
+        if found is None:
+            raise KeeperUnreachable(f"this keeper begins without memory and has not heard of rank {rank} yet")
+        if found["attachment"] != attachment:
             raise StaleEpoch(f"another process has taken the place of rank {rank}; this one was replaced and must stop")
 
     def reconnected(self, rank: int, connection: int) -> None:

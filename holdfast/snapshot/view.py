@@ -125,6 +125,8 @@ class View(_Json):
     `committed` is the step that was restored, in slot `index`; `in_memory` that the slots hold
     it (else their content is void), and `protected` that every node has it committed with parity. `spilled` is the newest step
     that is a checkpoint already. `grace_s` is how long a keeper that is told to end may take to commit and write the last one.
+    `cut_anew`: the step lies in another layout, or in storage only, and nothing in memory protects it in this one; so the first
+    step that is completed is captured, whatever `every` says.
     `guests` are keepers of an earlier, larger membership: they held a part of it, and may go once something newer is committed.
     """
 
@@ -144,6 +146,7 @@ class View(_Json):
     spilled: int = 0
     grace_s: float = 20.0
     guests: tuple[Member, ...] = ()
+    cut_anew: bool = False
     adaptive: bool = False
     """`every` is where to begin; the coordinator's keeper changes it to what the measured cost suggests."""
     checkpoint_adaptive: bool = False

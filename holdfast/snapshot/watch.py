@@ -95,7 +95,9 @@ class Watch:
         # Damage counts while the slot that has it is the newest: nothing older is what recovery returns to.
         damaged = sum(step == committed for _, step in self._scrubber.damaged)
         wanted = view is not None and effective_parity(view.parity, len(view.group_of(self._keeper.node))) > 0
-        parity = not wanted or any(header.rank < 0 and header.step == committed for header in held)
+        # What was restored from another layout has the parity of groups that are no more.
+        foreign = view is not None and view.cut_anew and committed <= view.committed
+        parity = not wanted or (not foreign and any(header.rank < 0 and header.step == committed for header in held))
         return Health(self._members.epoch, committed, damaged, parity)
 
     def survivable_losses(self) -> int:

@@ -97,6 +97,15 @@ def test_why_nothing_more_may_be_lost_is_said(nodes: list[NodeStatus], words: st
     assert words in text_of(job(*nodes, losses=0), now_s=1000.0)
 
 
+@pytest.mark.parametrize(
+    ("world", "words"), [(4, "a new one is in its place"), (0, "a new one waits to be taken into the run")]
+)
+def test_a_node_that_lost_its_memory_under_living_trainers_is_named(world: int, words: str) -> None:
+    bereft = dataclasses.replace(NODE, world=world, bereft={"time_s": 940.0, "step": 30})
+    lines = text_of(job(bereft, losses=1), now_s=1000.0).splitlines()
+    assert f"node 0 lost its keeper and all that it held 60.0 s ago, after step 30; {words}" in lines
+
+
 def test_a_drill_that_disagrees_is_not_to_be_overlooked() -> None:
     node = dataclasses.replace(NODE, last_drill={"time_s": 999.0, "agrees": False})
     assert "last drill 1.0 s ago: NO, a rebuilt block is not what is there" in text_of(job(node, losses=1), now_s=1000.0)

@@ -28,6 +28,8 @@ LEAD = ["regroup.fenced", "regroup.joined", "keeper.stopped"]
 END = ["keeper.stopping"]
 SPILL = ["spill.begun", "spill.written"]
 ALONE = ["preempt.saved", "rescue.rebuilt"]  # visited in tests/snapshot/test_last_words.py
+BEREFT = ["keeper.reattached"]  # visited in tests/snapshot/test_lifeline.py
+AGAIN = ["lead.protecting"]  # visited in tests/snapshot/test_again.py
 REBUILD = ["rebuild.decoded", "rebuild.checked", "rebuild.encoded"]
 
 
@@ -130,4 +132,4 @@ def test_every_crash_point_of_snapshots_is_visited_here():
     named = set()
     for path in (Path(holdfast.__file__).parent / "snapshot").glob("*.py"):
         named |= set(re.findall(r'crash_point\("([^"]+)"\)', path.read_text()))
-    assert named == {*CAPTURE, *ATTACH, *COMMIT, *RETURN, *LEAD, *END, *SPILL, *REBUILD, *ALONE}
+    assert named == {*CAPTURE, *ATTACH, *COMMIT, *RETURN, *LEAD, *END, *SPILL, *REBUILD, *ALONE, *AGAIN, *BEREFT}

@@ -107,6 +107,43 @@ def test_another_number_of_ranks_restores_from_memory(job, layout, before, after
     assert changed.facts[0]["lr"] == bare.facts[0]["lr"]
 
 
+@pytest.mark.campaign
+@pytest.mark.parametrize("ranks", [3, 6])  # one trainer or two on each node
+def test_a_node_that_loses_its_memory_under_living_trainers_protects_again(job, references, ranks):
+    """The trainers go on; then another node is lost, trainers and all, and is rebuilt with the first one's help."""
+    alone = {"step": 6, "kind": "memory", "ranks": [1], "committed": 3}
+    lost = {"step": 16, "kind": "node", "ranks": [2], "committed": 14}
+    arguments = ("--nodes", "3", "--steps", "24", "--keep-up", "--pace", "0.2", *deaths(alone, lost))
+    died = job.run(*arguments, ranks=ranks, restarts=1)
+    died.assert_equals(references.of("fsdp", ranks, steps=24))
+    assert died.log.count("has a place with its new keeper") == ranks // 3
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+    assert died.facts[0]["recovery"]["step"] >= 14
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("layout", ["fsdp", "ddp"])
+def test_a_node_lost_after_a_change_of_world_is_rebuilt_though_no_snapshot_was_due(job, references, layout):
+    """Four ranks become three, with a node's memory lost; a second node is lost before the interval brings a snapshot."""
+    entry = {"step": 6, "kind": "exception", "ranks": [0], "committed": 5}
+    shape = ("--layout", layout, "--steps", "30")
+    failed = job.run(*shape, "--nodes", "4", *deaths(entry), ranks=4, restarts=0, ok=False)
+    assert failed.code != 0
+    job.kill_keepers(job.memory)
+    shutil.rmtree(home(job.memory) / "t" / "node-3")
+    undisturbed = job.memory / "copy"
+    shutil.copytree(home(job.memory), undisturbed / home(job.memory).name, ignore=shutil.ignore_patterns("keeper.sock"))
+    smaller = (*shape, "--nodes", "3", "--snapshot-every", "1000")
+    alone = job.run(*smaller, ranks=3, HOLDFAST_MEMORY=str(undisturbed), HOLDFAST_RUNTIME=str(job.place / "elsewhere"))
+    restored = alone.facts[0]["recovery"]["step"]
+    assert restored >= 5
+    loss = {"step": restored + 4, "kind": "node", "ranks": [1], "committed": restored + 1}
+    died = job.run(*smaller, *deaths(loss), ranks=3)
+    died.assert_equals(alone)
+    assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
+    assert restored < died.facts[0]["recovery"]["step"] <= restored + 3
+
+
 def test_a_death_before_anything_was_committed_begins_anew(job, references):
     """Rank 0's keeper holds the first step, and rank 1 dies without having captured it."""
     where = {"at": "capture.begun", "role": "trainer", "place": 1}

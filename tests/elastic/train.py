@@ -23,6 +23,11 @@ def die(death: dict[str, Any], name: str, memory: Path, model: nn.Module) -> Non
     if death["kind"] == "keeper":
         os.kill(Endpoint.read(node_memory(memory, name, death["ranks"][0])).pid, signal.SIGKILL)
         return
+    if death["kind"] == "memory":  # its keeper and all that this node held, while this process lives on
+        place = node_memory(memory, name, death["ranks"][0])
+        os.kill(Endpoint.read(place).pid, signal.SIGKILL)
+        shutil.rmtree(place, ignore_errors=True)
+        return
     if death["kind"] == "exception":
         raise RuntimeError("the test asked for an exception")
     if death["kind"] == "backward":  # of the next step, while the other ranks wait in its collectives
@@ -91,9 +96,9 @@ def catches_up(run: Run, committed: int) -> bool:
 
 def wait_for_keepers(run: Run, step: int) -> None:
     """Return once this step or a later one is ordered; snapshots that have stopped for good end the run."""
-    page = run._running().link.page
+    link = run._running().link
     deadline = time.monotonic() + 90
-    while page.target[0] < step and run.committed_step < step:
+    while link.page.target[0] < step and run.committed_step < step:
         if time.monotonic() > deadline:
             raise RuntimeError(f"step {step} is done and nothing from there on is ordered; committed is {run.committed_step}")
         time.sleep(0.01)

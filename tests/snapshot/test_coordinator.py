@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from holdfast.snapshot.coordinator import (
+    ENCODE_TRIES,
     LAST_TRIES,
     SPILL_TRIES,
+    UNPROTECTED,
     Acknowledged,
     Announce,
     Begin,
@@ -35,17 +37,19 @@ from holdfast.snapshot.coordinator import (
 
 @dataclass
 class Slot:
-    """What a node's slot holds in the model: a step, how far it has come, and for which round it was filled."""
+    """What a node's slot holds in the model: a step, how far it has come, for which round, and whether that one has still to
+    exchange parity."""
 
     step: int = 0
     state: str = "empty"
     round: int = 0
+    is_due: bool = False
 
 
 @dataclass
 class Node:
     number: int
-    slots: tuple[Slot, Slot] = field(default_factory=lambda: (Slot(), Slot()))
+    slots: list[Slot] = field(default_factory=lambda: [Slot(), Slot()])
     progress: int = 0
     order: tuple[int, int, int] | None = None
     handled: bool = True
@@ -60,7 +64,17 @@ class Cluster:
     It stops at once when the coordinator breaks a promise.
     """
 
-    def __init__(self, count: int, *, every: int, checkpoint_every: int, keep: bool, restored: int = 0, protected: bool = True):
+    def __init__(
+        self,
+        count: int,
+        *,
+        every: int,
+        checkpoint_every: int,
+        keep: bool,
+        restored: int = 0,
+        protected: bool = True,
+        overdue: bool = False,
+    ) -> None:
         self.nodes = [Node(number) for number in range(count)]
         self.keep, self.every, self.checkpoint_every = keep, every, checkpoint_every
         self.coordinator = Coordinator(
@@ -70,7 +84,9 @@ class Cluster:
             committed=restored,
             index=0 if restored else 1,
             protected=protected,
+            overdue=overdue,
         )
+        self.overdue = overdue
         self.committed, self.spilling, self.spilled, self.stopped = restored if protected else 0, None, [], False
         self.saved, self.spill_failures = False, 0
         for node in self.nodes:
@@ -98,8 +114,8 @@ class Cluster:
                 for node in self.nodes:
                     slot = node.slots[index]
                     assert (slot.step, slot.state) == (step, "encoded"), f"commit of {step} while node {node.number} has {slot}"
-                assert step > self.committed, "committed steps only grow"
-                self.committed = step
+                assert step > self.committed or (self.overdue and step == self.committed), "committed steps only grow"
+                self.committed, self.overdue = step, False
                 self.broadcast(action)
             case Spill(step, index, delay_s):
                 assert self.spilling is None
@@ -113,7 +129,9 @@ class Cluster:
     def check_announcement(self, step: int, index: int) -> None:
         assert step > 0
         last = step == self.coordinator.committed + 1 or all(node.finished for node in self.nodes)
-        assert step % self.every == 0 or last
+        assert step % self.every == 0 or last or self.overdue
+        if self.overdue and self.coordinator.lead == 1:
+            assert step <= max(node.progress for node in self.nodes) + 1, "what nothing protects is captured at once"
         newest = max((slot.step for node in self.nodes for slot in node.slots if slot.state == "committed"), default=0)
         for node in self.nodes:
             slot = node.slots[index]
@@ -131,12 +149,19 @@ class Cluster:
     def hear(self, node: Node) -> None:
         match action := node.inbox.popleft():
             case Announce(step, index, number):
-                node.slots[index].step, node.slots[index].state, node.slots[index].round = 0, "filling", number
+                node.slots[index] = Slot(0, "filling", number)
                 node.order, node.handled = (step, index, number), False
             case Protect(step, index, number):
-                assert (node.slots[index].step, node.slots[index].state) == (step, "whole")
-                node.slots[index].state, node.slots[index].round = "encoded", number
-                node.outbox.append(Encoded(node.number, step, node.progress, number))
+                slot = node.slots[index]
+                slot.round = number
+                if slot.state == "filling":
+                    assert node.order is not None
+                    assert node.order[:2] == (step, index), "nobody was told to capture what is to be protected"
+                    node.order = (step, index, number)
+                else:
+                    assert slot.step == step
+                    assert slot.state in ("whole", "encoded")
+                    slot.state, slot.is_due = "whole", True
             case Commit(step, index):
                 assert (node.slots[index].step, node.slots[index].state) == (step, "encoded"), (
                     f"{action} finds {node.slots[index]}"
@@ -154,8 +179,21 @@ class Cluster:
         elif not able:
             node.outbox.append(GivenUp(node.number, step, node.progress, "busy", number))
         elif node.slots[index].round == number:
-            node.slots[index].step, node.slots[index].state = step, "encoded"
-            node.outbox.append(Encoded(node.number, step, node.progress, number))
+            node.slots[index] = Slot(step, "whole", number, is_due=True)
+
+    def due(self, node: Node) -> Slot | None:
+        return next((slot for slot in node.slots if slot.is_due), None)
+
+    def exchange(self, node: Node, *, works: bool) -> None:
+        """A node whose bytes are whole makes its parity, or cannot."""
+        slot = self.due(node)
+        assert slot is not None
+        slot.is_due = False
+        if works:
+            slot.state = "encoded"
+            node.outbox.append(Encoded(node.number, slot.step, node.progress, slot.round))
+        else:
+            node.outbox.append(GivenUp(node.number, slot.step, node.progress, UNPROTECTED, slot.round))
 
     def can_answer(self, node: Node) -> bool:
         return node.order is not None and not node.handled and node.progress >= node.order[0]
@@ -190,15 +228,19 @@ class Protocol(RuleBasedStateMachine):
         keep=st.booleans(),
         restored=st.sampled_from([0, 0, 4, 7]),
         protected=st.booleans(),
+        overdue=st.booleans(),
     )
-    def start(self, count: int, every: int, checkpoint_every: int, keep: bool, restored: int, protected: bool) -> None:
+    def start(
+        self, count: int, every: int, checkpoint_every: int, keep: bool, restored: int, protected: bool, overdue: bool
+    ) -> None:
         self.cluster = Cluster(
             count,
             every=every,
             checkpoint_every=checkpoint_every,
             keep=keep,
             restored=restored,
-            protected=protected or not restored,
+            protected=protected or not restored or overdue,
+            overdue=overdue and restored > 0,
         )
         self.cluster.feed(Begin())
 
@@ -227,6 +269,12 @@ class Protocol(RuleBasedStateMachine):
         able = [node for node in self.cluster.nodes if self.cluster.can_answer(node)]
         if able:
             self.cluster.answer(data.draw(st.sampled_from(able)), able=works)
+
+    @rule(data=st.data(), works=st.sampled_from([True, True, True, False]))
+    def a_node_exchanges_parity(self, data: st.DataObject, works: bool) -> None:
+        able = [node for node in self.cluster.nodes if self.cluster.due(node)]
+        if able:
+            self.cluster.exchange(data.draw(st.sampled_from(able)), works=works)
 
     @precondition(lambda self: self.cluster.spilling is not None)
     @rule(ok=st.booleans())
@@ -271,7 +319,13 @@ class Protocol(RuleBasedStateMachine):
 
 
 def run_to_the_end(
-    cluster: Cluster, chance: random.Random, *, ending: int | None, refusals: float = 0.0, full_disk: bool = False
+    cluster: Cluster,
+    chance: random.Random,
+    *,
+    ending: int | None,
+    refusals: float = 0.0,
+    cuts: float = 0.0,
+    full_disk: bool = False,
 ) -> None:
     """Play until Stop: nodes train up to `ending` and finish, every message arrives at some time."""
     ending = max(node.progress for node in cluster.nodes) + 5 if ending is None else ending
@@ -284,6 +338,8 @@ def run_to_the_end(
                 moves.append(lambda node=node: cluster.hear(node))
             if node.outbox:
                 moves.append(lambda node=node: cluster.feed(node.outbox.popleft()))
+            if cluster.due(node):
+                moves.append(lambda node=node: cluster.exchange(node, works=chance.random() >= cuts))
             if cluster.can_answer(node):
                 moves.append(lambda node=node: cluster.answer(node, able=chance.random() >= refusals))
             elif node.progress < ending:
@@ -322,14 +378,23 @@ TestProtocol.settings = settings(max_examples=120, stateful_step_count=60, deadl
     keep=st.booleans(),
     steps=st.integers(1, 60),
     refusals=st.sampled_from([0.0, 0.1, 0.4]),
+    cuts=st.sampled_from([0.0, 0.1]),
     full_disk=st.booleans(),
 )
 def test_a_run_of_well_behaved_nodes_gets_on_and_ends(
-    seed: int, count: int, every: int, checkpoint_every: int, keep: bool, steps: int, refusals: float, full_disk: bool
+    seed: int,
+    count: int,
+    every: int,
+    checkpoint_every: int,
+    keep: bool,
+    steps: int,
+    refusals: float,
+    cuts: float,
+    full_disk: bool,
 ) -> None:
     cluster = Cluster(count, every=every, checkpoint_every=checkpoint_every, keep=keep)
     cluster.feed(Begin())
-    run_to_the_end(cluster, random.Random(seed), ending=steps, refusals=refusals, full_disk=full_disk)
+    run_to_the_end(cluster, random.Random(seed), ending=steps, refusals=refusals, cuts=cuts, full_disk=full_disk)
 
 
 # -- single stories ------------------------------------------------------------------------------------------------------
@@ -384,6 +449,92 @@ def test_a_restored_step_without_parity_is_protected_before_anything_else() -> N
     assert coordinator.feed(Encoded(1, 7, 7, 1)) == [Commit(7, 0)]
     coordinator.feed(Acknowledged(0, 7, 7))
     assert coordinator.feed(Acknowledged(1, 7, 7)) == [Announce(8, 1, 2)]
+
+
+def cut(coordinator: Coordinator, progress: int = 0, node: int = 0) -> list[Any]:
+    """The exchange of the present round fails on a node."""
+    return coordinator.feed(GivenUp(node, coordinator.step, progress, UNPROTECTED, coordinator.round))
+
+
+def test_parity_that_could_not_be_had_is_tried_again_with_pauses_and_without_a_new_capture() -> None:
+    coordinator = began(every=100)
+    assert cut(coordinator, 100) == [Protect(100, 0, 2)]
+    assert coordinator.feed(GivenUp(1, 100, 100, UNPROTECTED, 1)) == [], "of the attempt before"
+    assert coordinator.feed(Encoded(1, 100, 100, 1)) == [], "that one is over"
+    pauses = []
+    for number in range(3, ENCODE_TRIES + 2):
+        (again,) = cut(coordinator, 110)
+        pauses.append(again.delay_s)
+        assert again == Protect(100, 0, number, again.delay_s)
+    assert pauses == [1, 2, 4, 8, 16]
+    assert cut(coordinator, 110) == [Announce(200, 0, ENCODE_TRIES + 2)], "it is no passing trouble"
+    assert cut(coordinator, 200) == [Protect(200, 0, ENCODE_TRIES + 3)], "and the next step has all its attempts"
+
+
+def test_an_attempt_that_works_commits_the_step() -> None:
+    coordinator = began(every=100)
+    cut(coordinator, 101)
+    coordinator.feed(Encoded(0, 100, 103, 2))
+    assert coordinator.feed(Encoded(1, 100, 103, 2)) == [Commit(100, 0)]
+
+
+def test_where_a_newer_step_is_due_parity_is_not_tried_again() -> None:
+    coordinator = began()
+    assert cut(coordinator, progress=2) == [Announce(3, 0, 2)]
+    assert cut(coordinator, progress=3) == [Protect(3, 0, 3)], "a step that takes long is as good as one of many"
+
+
+def test_a_rank_that_cannot_deliver_is_heard_in_every_attempt() -> None:
+    """It answered the announcement, and will not answer once more."""
+    coordinator = began(every=100)
+    cut(coordinator, 99)
+    assert coordinator.feed(GivenUp(1, 100, 101, "passed", 1)) == [Announce(200, 0, 3)]
+    assert coordinator.feed(GivenUp(1, 100, 101, "passed", 2)) == []
+
+
+def test_the_parity_of_a_restored_step_is_insisted_on_though_a_newer_one_is_due() -> None:
+    coordinator = Coordinator(range(2), every=1, checkpoint_every=0, committed=7, index=0, protected=False)
+    coordinator.feed(Begin())
+    for number in range(ENCODE_TRIES):
+        (again,) = cut(coordinator, progress=10 + number)
+        assert (again.step, again.index) == (7, 0)
+    assert cut(coordinator, progress=50) == [Announce(51, 0, ENCODE_TRIES + 2)]
+
+
+def test_a_run_that_ends_does_not_wait_for_the_parity_of_an_older_step() -> None:
+    coordinator = began(nodes=1, every=10)
+    cut(coordinator, 10)
+    assert coordinator.feed(Finishing(0, 12, True)) == [Announce(12, 0, 3)]
+    assert cut(coordinator, 12) == [Protect(12, 0, 4)], "the last step is worth every attempt"
+    coordinator = began(nodes=1, every=10)
+    cut(coordinator, 10)
+    assert coordinator.feed(Finishing(0, 12, False)) == [Stop()]
+    coordinator = began(nodes=1, every=10)
+    coordinator.feed(Finishing(0, 10, True))
+    for _ in range(ENCODE_TRIES):
+        assert isinstance(cut(coordinator, 10)[0], Protect)
+    for _ in range(LAST_TRIES - 1):
+        assert isinstance(cut(coordinator, 10)[0], Announce)
+    assert cut(coordinator, 10) == [Stop()], "nobody has asked for checkpoints"
+
+
+def test_what_was_restored_into_another_layout_is_captured_with_the_first_completed_step() -> None:
+    coordinator = Coordinator(range(2), every=100, checkpoint_every=5, committed=40, index=0, overdue=True)
+    assert coordinator.feed(Begin()) == [Announce(41, 1, 1)], "nothing is written from slots of another layout"
+    assert coordinator.feed(GivenUp(0, 41, 42, "passed", 1)) == [Announce(44, 1, 2)], "still as soon as may be"
+    coordinator.feed(Encoded(0, 44, 44, 2))
+    coordinator.feed(Encoded(1, 44, 44, 2))
+    coordinator.feed(Acknowledged(0, 44, 44))
+    assert coordinator.feed(Acknowledged(1, 44, 44)) == [Spill(44, 1), Announce(100, 0, 3)]
+
+
+def test_a_run_that_ends_where_it_was_restored_into_another_layout_keeps_that_step() -> None:
+    coordinator = Coordinator(range(1), every=100, checkpoint_every=5, committed=40, index=0, overdue=True)
+    coordinator.feed(Finishing(0, 40, True))
+    assert coordinator.feed(Begin()) == [Announce(40, 1, 1)]
+    assert coordinator.feed(Encoded(0, 40, 40, 1)) == [Commit(40, 1)]
+    assert coordinator.feed(Acknowledged(0, 40, 40)) == [Spill(40, 1)]
+    assert coordinator.feed(SpillEnded(1)) == [Stop()]
 
 
 def test_a_node_that_ends_at_another_step_does_not_keep_the_run_from_ending() -> None:

@@ -410,6 +410,63 @@ def test_slots_of_a_dead_trainer_serve_the_next_and_those_of_a_living_one_never(
     assert not {*attach(os.getppid(), 3 << 20)} & {*second}, "much more has no room"
 
 
+def begin_without_memory(cluster: Cluster, node: int) -> None:
+    """The node's keeper is gone with all that it held, and another one is there."""
+    cluster.keepers[node].close()
+    cluster.keepers[node] = Keeper("job", node, cluster.places[node])
+
+
+def test_a_trainer_that_lives_on_takes_a_place_with_a_keeper_that_begins_without_memory(start: Callable[..., Cluster]) -> None:
+    cluster = start(2, parity=1, every=1000)
+    cluster.enter(1)
+    rank, view = cluster.ranks[1], cluster.view(1).to_json()
+    wait_until(lambda: rank.link.page.target[0] == 1000, "the announcement")
+    step, index, order = rank.link.page.target
+    rank.link.page["completed"] = 77
+    rank.link.body(index, rank.nbytes)[: rank.nbytes] = rank.bytes_at(step)
+    begin_without_memory(cluster, 1)
+    assert not rank.link.page.is_current()
+    with pytest.raises(KeeperUnreachable, match="has not heard of rank 1 yet"):
+        rank.link.give_up(step, "busy")
+    rank.link.reattach(view)
+    assert rank.link.page.is_current()
+    assert (rank.link.page["completed"], rank.link.page.target) == (77, (step, index, order)), "it is where it was"
+    with pytest.raises(StaleEpoch, match=rf"slot-1-{index} was replaced while step {step} was captured"):
+        rank.link.filled(step, index, rank.nbytes, "l", rank.table, {})
+    wait_until(lambda: all(keeper.members.epoch > 1 for keeper in cluster.keepers.values()), "a new epoch on every node")
+    cluster.step = 77
+    assert cluster.train(until_committed=1) < 100, "nothing was committed, and what comes next is, whatever the interval"
+
+
+def test_only_a_trainer_of_the_lost_membership_gets_a_place_with_its_new_keeper(start: Callable[..., Cluster]) -> None:
+    cluster = start(2, parity=1)
+    cluster.enter(1)
+    cluster.train(until_committed=2)
+    view = cluster.view(1)
+    with pytest.raises(StaleEpoch, match="the keeper of node 1 is in epoch 1 already"):
+        cluster.ranks[1].link.reattach(view.to_json())
+    begin_without_memory(cluster, 1)
+    others = replace(view, members=tuple(member for member in view.members if member.node != 1))
+    with pytest.raises(StaleEpoch, match="node 1 was no member of epoch 1"):
+        cluster.ranks[1].link.reattach(others.to_json())
+    successor = Rank(cluster.places[1], 1, 3777)
+    with pytest.raises(StaleEpoch, match="another process has taken the place of rank 1"):
+        cluster.ranks[1].link.reattach(view.to_json())
+    assert successor.link.page.is_current()
+    successor.link.close()
+
+
+def test_an_answer_that_was_lost_costs_no_place(start: Callable[..., Cluster]) -> None:
+    cluster = start(1, parity=0)
+    cluster.enter(1)
+    view = cluster.view(1).to_json()
+    begin_without_memory(cluster, 0)
+    fields = {"rank": 0, "pid": os.getpid(), "launch": "l", "attachment": "a", "body_nbytes": 100, "words": {}, "view": view}
+    first = cluster.ask(0, "reattach", **fields)
+    wait_until(lambda: cluster.keepers[0].members.epoch > 1, "the new epoch")
+    assert cluster.ask(0, "reattach", **fields) == first
+
+
 def test_a_second_keeper_of_the_same_memory_is_refused(start: Callable[..., Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = start(1, parity=0)
     monkeypatch.setattr(birth, "LOCK_PATIENCE_S", 0.0)

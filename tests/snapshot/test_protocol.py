@@ -22,7 +22,7 @@ from holdfast.snapshot import rescue, spill
 from holdfast.snapshot.client import Endpoint
 from holdfast.snapshot.exchange import slot_name
 from holdfast.snapshot.keeper import Keeper
-from holdfast.snapshot.plan import plan_restore
+from holdfast.snapshot.plan import lies_as, plan_restore
 from holdfast.snapshot.regroup import make_whole
 from holdfast.snapshot.slots import SlotState
 from holdfast.snapshot.view import Member, groups
@@ -107,6 +107,68 @@ def test_keepers_do_not_regroup_around_a_new_start_of_the_run(start: Callable[..
     assert plan is not None
     cluster.enter(max(survey.epoch for survey in cluster.surveys()) + 1, committed=plan.step, index=plan.index)
     assert cluster.train(until_committed=step + 2) >= step + 2
+
+
+# -- another layout -------------------------------------------------------------------------------------------------------
+
+
+def into_fewer_nodes(cluster: Cluster) -> int:
+    """The last node is lost and the run goes on with a rank less, from what the others hold; returns the restored step."""
+    cluster.train(until_committed=2)
+    quiet(cluster)
+    gone = max(cluster.keepers)
+    for rank in cluster.ranks.values():
+        rank.link.close()
+    cluster.keepers.pop(gone).close()
+    cluster.ranks.pop(gone)
+    cluster.ranks_of.pop(gone)
+    surveys = cluster.surveys()
+    plan, notes = make_whole(surveys, {survey.member.node: survey.member for survey in surveys})
+    assert plan is not None, notes
+    assert not lies_as(plan, cluster.view(2))
+    cluster.settings["every"], cluster.step = 1000, plan.step
+    cluster.enter(2, committed=plan.step, index=plan.index, cut_anew=True)
+    return plan.step
+
+
+def test_after_a_change_of_world_the_first_step_is_captured_and_protected_whatever_the_interval(
+    start: Callable[..., Cluster],
+) -> None:
+    cluster = start(4, parity=1)
+    cluster.enter(1)
+    restored = into_fewer_nodes(cluster)
+    for node in cluster.keepers:
+        assert cluster.ask(node, "status")["survivable_losses"] == 0, "the old group has lost a node and protects no other"
+    first = cluster.train(until_committed=restored + 1)
+    assert first <= restored + 3
+    assert quiet(cluster) == first
+    for node, rank in cluster.ranks.items():
+        assert cluster.ask(node, "status")["survivable_losses"] == 1
+        assert stored(cluster, node, rank, first) == rank.bytes_at(first)
+        assert rank.link.page.target[0] == 1000, "and from there on as often as was asked for"
+    cluster.keepers[1].close()
+    cluster.keepers[1] = Keeper("job", 1, cluster.places[1])
+    surveys = cluster.surveys()
+    plan, notes = make_whole(surveys, {survey.member.node: survey.member for survey in surveys})
+    assert plan is not None, notes
+    assert plan.step == first
+    assert stored(cluster, 1, cluster.ranks[1], first) == cluster.ranks[1].bytes_at(first)
+
+
+def test_keepers_that_regroup_before_the_first_step_of_another_layout_do_not_take_the_old_one_for_it(
+    start: Callable[..., Cluster],
+) -> None:
+    cluster = start(3, parity=1)
+    cluster.enter(1)
+    restored = into_fewer_nodes(cluster)
+    restart(cluster, 1)
+    wait_until(lambda: all(keeper.members.epoch > 2 for keeper in cluster.keepers.values()), "a new epoch on every node")
+    assert cluster.ranks[0].link.committed_step == restored
+    assert cluster.ask(0, "status")["survivable_losses"] == 0
+    first = cluster.train(until_committed=restored + 1)
+    assert first <= restored + 4
+    for node in cluster.keepers:
+        assert cluster.ask(node, "status")["survivable_losses"] == 1
 
 
 # -- who was replaced ----------------------------------------------------------------------------------------------------

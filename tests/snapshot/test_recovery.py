@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.snapshot.plan import Distrusted, RestorePlan, SlotFound, Survey, plan_restore, was_ever_safe
+from holdfast.snapshot.plan import Distrusted, RestorePlan, SlotFound, Survey, lies_as, plan_restore, was_ever_safe
 from holdfast.snapshot.slots import SlotState
-from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, effective_parity, groups
+from holdfast.snapshot.view import GroupRecord, Member, NodeRecord, RankRecord, View, effective_parity, groups
 
 V, E, C = SlotState.VERIFIED, SlotState.ENCODED, SlotState.COMMITTED
 
@@ -122,6 +122,32 @@ def test_a_node_alone_that_is_damaged_falls_back_to_its_older_slot() -> None:
     assert len(reasons) == 1
     assert "step 5" in reasons[0]
     assert plan_restore(cluster(1, 1, {5: C}), frozenset({(0, 5)}))[0] is None
+
+
+def view_of(*ranks: tuple[int, ...], parity: int = 1) -> View:
+    """Nodes 0 … with these ranks each, on hosts of their own."""
+    members = tuple(Member(node, f"h{node}", "127.0.0.1", 1, "t", f"/m/{node}", held) for node, held in enumerate(ranks))
+    world = sum(map(len, ranks))
+    return View("job", 2, world, members, parity, 8, 100, 0, None, 5, 1, True, True)
+
+
+def test_a_step_lies_as_it_would_be_captured_only_where_ranks_nodes_and_groups_are_the_same() -> None:
+    plan, _ = plan_restore(cluster(4, 1, {5: C}))
+    assert plan is not None
+    assert lies_as(plan, view_of((0,), (1,), (2,), (3,)))
+    assert not lies_as(plan, view_of((0,), (1,), (2,))), "a rank less"
+    assert not lies_as(plan, view_of((0,), (1,), (2,), (3,), (4,))), "a rank more"
+    assert not lies_as(plan, view_of((0,), (1,), (2, 3))), "the same ranks on fewer nodes"
+    assert not lies_as(plan, view_of((0,), (1,), (2,), (3,), parity=2)), "another parity was asked for"
+    rebuilt, _ = plan_restore(cluster(4, 1, {5: C}, without=(2,)))
+    assert rebuilt is not None
+    assert not lies_as(rebuilt, view_of((0,), (1,), (2,), (3,))), "rank 2 is with another node now"
+    verified, _ = plan_restore(cluster(4, 1, {5: V}))
+    assert verified is not None
+    assert lies_as(verified, view_of((0,), (1,), (2,), (3,))), "it is protected as it lies"
+    alone, _ = plan_restore(cluster(1, 1, {5: C}))
+    assert alone is not None
+    assert lies_as(alone, view_of((0,)))
 
 
 def test_ranks_that_were_rebuilt_elsewhere_are_found_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from holdfast.errors import ClusterError
+from holdfast.errors import ClusterError, KeeperUnreachable
 from holdfast.snapshot import exchange, reprotect
 from holdfast.snapshot.exchange import parity_name, slot_name
 from holdfast.snapshot.keeper import Keeper
@@ -153,8 +154,10 @@ def test_a_keeper_that_dies_between_data_and_parity_leaves_a_step_that_is_encode
 
 
 def test_a_survivor_that_rots_meanwhile_is_not_encoded_and_the_next_snapshot_is(
-    nodes: Callable[..., Nodes], wait_until: Wait, caplog: pytest.LogCaptureFixture
+    nodes: Callable[..., Nodes], wait_until: Wait, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.setattr(reprotect, "PAUSE_S", (0.01, 0.01))
+    monkeypatch.setattr(reprotect, "TRIES", 3)
     group = committed(nodes(3, 1), wait_until)
     index = group.index
     lose(group, 2)
@@ -164,9 +167,61 @@ def test_a_survivor_that_rots_meanwhile_is_not_encoded_and_the_next_snapshot_is(
     group.enter(index=index)
     wait_until(lambda: "protects nobody until the next snapshot" in caplog.text, "the reason")
     assert f"{slot_name(0, index)} of node 0 rotted" in caplog.text
+    assert caplog.text.count("protects nobody and tries again") == 2
     assert not has_parity(group, 2)
     group.commit(wait_until)
     assert has_parity(group, 2)
+
+
+def test_parity_that_fails_behind_training_is_made_when_the_peer_is_there_again(
+    nodes: Callable[..., Nodes], wait_until: Wait, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No newer snapshot comes to the rescue: nobody captures one."""
+    monkeypatch.setattr(reprotect, "PAUSE_S", (0.01, 0.05))
+    group = committed(nodes(3, 1), wait_until)
+    index, encode, failures = group.index, reprotect.encode_row, []
+
+    def away(*args: Any) -> Iterator[tuple[int, memoryview]]:
+        for piece in encode(*args):
+            yield piece
+            if len(failures) < 3:
+                failures.append(piece)
+                raise KeeperUnreachable("the connection was cut in the middle of a block")
+
+    monkeypatch.setattr(reprotect, "encode_row", away)
+    lose(group, 2)
+    rebuild(group)
+    group.enter(index=index)
+    wait_until(lambda: has_parity(group, 2), "parity on node 2")
+    assert len(failures) == 3
+    assert caplog.text.count("protects nobody and tries again") == 3
+    group.assert_parity(index)
+    group.keepers[0].watch.look_round()
+    assert group.ask(0, "status")["survivable_losses"] == 1
+    committed(group, wait_until)
+
+
+def test_parity_that_a_newer_commit_has_brought_is_not_tried_again(
+    nodes: Callable[..., Nodes], wait_until: Wait, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(reprotect, "PAUSE_S", (1.0, 1.0))
+    group = committed(nodes(3, 1), wait_until)
+    index, encode, asked = group.index, reprotect.encode_row, []
+
+    def away(*args: Any) -> Iterator[tuple[int, memoryview]]:
+        asked.append(args)
+        raise KeeperUnreachable("away")
+        yield from encode(*args)
+
+    monkeypatch.setattr(reprotect, "encode_row", away)
+    lose(group, 2)
+    rebuild(group)
+    group.enter(index=index)
+    wait_until(lambda: "protects nobody and tries again in 1.0 s" in caplog.text, "the first failure")
+    committed(group, wait_until)
+    time.sleep(1.2)
+    assert len(asked) == 1
+    group.assert_parity(group.index)
 
 
 def test_a_peer_that_dies_meanwhile_leaves_the_node_without_parity_and_says_so(
@@ -180,7 +235,7 @@ def test_a_peer_that_dies_meanwhile_leaves_the_node_without_parity_and_says_so(
         group.enter(index=index)
         group.links.pop(1).close()
         group.keepers[1].close()
-    wait_until(lambda: "protects nobody until the next snapshot" in caplog.text, "the reason")
+    wait_until(lambda: "protects nobody and tries again" in caplog.text, "the reason")
     assert not has_parity(group, 2)
     plan, reasons = plan_restore(surveys(group, without=1))
     assert plan is None

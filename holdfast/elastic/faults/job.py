@@ -64,6 +64,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--bare", action="store_true", help="train without protection")
     parser.add_argument("--checkpoints")
     parser.add_argument("--checkpoint-every", type=int, default=1000)
+    parser.add_argument("--snapshot-every", type=lambda text: text if text == "auto" else int(text), default="auto")
     parser.add_argument("--parity", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--name", default="t")
@@ -107,6 +108,7 @@ def train(args: argparse.Namespace, in_step: Also = nothing, after_step: Also = 
             {"model": model, "optim": optimizer, "sched": scheduler, "data": cursor},
             checkpoints=args.checkpoints,
             checkpoint_every=args.checkpoint_every,
+            snapshot_every=args.snapshot_every,
             redundancy=holdfast.Redundancy(parity=args.parity, nodes_per_host=args.nodes),
             name=args.name,
         ) as run:

@@ -33,11 +33,13 @@ POINTS = {
     ),
     "coordinator": ("spill.begun", "spill.written"),
     "rebuild": ("rebuild.decoded", "rebuild.checked", "rebuild.encoded"),
-    "return": ("keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
+    "again": ("lead.protecting",),
+    "return": ("keeper.reattached", "keeper.returned", "keeper.fenced", "regroup.fenced", "regroup.joined"),
     "end": ("keeper.stopping", "keeper.stopped", "preempt.saved", "rescue.rebuilt"),
 }
-"""Every crash point of snapshots, by who passes it. "rebuild" ones are passed by a keeper that gets its lost memory back, "return"
-ones when a keeper that died alone comes back, and "end" ones when a run ends, is told to, or saves what is left of it."""
+"""Every crash point of snapshots, by who passes it. "rebuild" ones are passed by a keeper that gets its lost memory back, "again"
+ones by the coordinator's where parity is made without a new capture, "return" ones when a keeper comes back, and
+"end" ones when a run ends, is told to, or saves what is left of it."""
 
 AT_THE_START = ("keeper.attaching", "keeper.joined")
 
