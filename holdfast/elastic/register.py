@@ -576,13 +576,10 @@ _ANSWERS: dict[tuple[Phase, type], Callable[..., Accept | None]] = {
 }
 
 
-def are_chosen(size: int, mine: Sequence[Ballot], answers: Iterable[Answer]) -> bool:
-    """Whether what one voter last accepted, `mine`, is what a majority with it has accepted: then it is the newest there is.
+def are_chosen(size: int, mine: Sequence[Ballot], answers: Iterable[Answer]) -> list[bool]:
+    """For each register whether what one voter last accepted, `mine`, is what a majority has accepted: the newest there is.
 
-    `answers` are the Seen of all that answered, the voter's own among them. Where this says no, a round with `Get` finds out.
+    `answers` are all that came to one Look, the voter's own among them. Where this says no, a round with `Get` finds out.
     """
-    agreeing = consistent(answers)
-    return all(
-        sum(isinstance(vote.body, Seen) and vote.body.ballots[at] == ballot for vote in agreeing) >= majority(size)
-        for at, ballot in enumerate(mine)
-    )
+    votes = [answer.body.ballots for answer in consistent(answers) if isinstance(answer.body, Seen)]
+    return [sum(ballots[at] == ballot for ballots in votes) >= majority(size) for at, ballot in enumerate(mine)]
