@@ -50,7 +50,7 @@ from holdfast.elastic.register import (
     consistent,
     majority,
 )
-from holdfast.errors import ClusterError, ConfigError, QuorumLost
+from holdfast.errors import ClusterError, ConfigError, HoldfastError, QuorumLost
 from holdfast.snapshot.wire import Connection, Header, Reply, Server
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def greet(endpoints: Endpoints, number: int, run_id: str, timeout_s: float, *, i
     connection = Connection(endpoints.addresses[number], token(run_id), timeout_s=timeout_s)
     try:
         connection.ask("hello", names=endpoints.names, number=number, agent=is_agent)
-    except ClusterError:
+    except HoldfastError:
         connection.close()
         raise
     return connection
@@ -432,7 +432,7 @@ class _Peer:
                 logger.error("%s", error)
             self.trouble = str(error) if isinstance(error, ConfigError) else cause(error)
             self._drop()
-            self._rest_until_s = time.monotonic() + 0.25
+            self._rest_until_s = time.monotonic() + 0.1
             return [None] * len(requests)
         has_voted = any(not isinstance(answer.body, Forgetful | Stranger) for answer in answers)
         self.trouble = "" if has_voted else "it has begun anew, or belongs to another beginning of this job"

@@ -207,18 +207,20 @@ class Client:
         except IndexError:
             session = _Session()
         session.number += 1
-        deadline = time.monotonic() + self.patience_s
-        attempt = 0
+        deadline, attempt = time.monotonic() + self.patience_s, 0
         while True:
             try:
                 results = self._try(session, attempt, verb, change, fields)
+                break
             except ClusterError as error:
                 session.close()
                 self._move_on(session.at, error, deadline)
                 attempt += 1
-                continue
-            self._idle.append(session)
-            return results
+            except BaseException:
+                session.close()
+                raise
+        self._idle.append(session)
+        return results
 
     def close(self) -> None:
         """Let go of connections that nobody uses."""

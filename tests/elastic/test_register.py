@@ -179,10 +179,10 @@ def test_what_was_adopted_is_no_vote_of_ones_own():
     for _ in range(2):
         again.hear({other.me: other.answer(again.claim()) for other in everybody[1:]}, 0)
     seen = [voter.answer(Look("life0", ("k",))) for voter in (again, everybody[1])]
-    assert not are_chosen(3, [(5, "x")], seen)
+    assert are_chosen(3, [(5, "x")], seen) == [False]
     assert seen[0].body == Seen((None,))
     nothing = [voter.answer(Look("life0", ("k",))) for voter in (again, everybody[2])]
-    assert not are_chosen(3, [NO_BALLOT], nothing)  # and the same for a value that a majority has accepted
+    assert are_chosen(3, [NO_BALLOT], nothing) == [False]  # and the same for a value that a majority has accepted
     assert again.answer(Prepare("life0", "k", (6, "y"))).body == Promise((6, "y"), (5, "x"), Value(b"v"))
 
 
@@ -355,7 +355,7 @@ class World:
         known = voter.registers.get("k", Register())
         asked = [other for other in self.voters if other is voter or self.random.random() < 0.6]
         answers = [other.answer(Look(voter.era, ("k",))) for other in asked]
-        if are_chosen(self.size, [known.accepted], answers):
+        if are_chosen(self.size, [known.accepted], answers) == [True]:
             call.returned, call.result, self.now = self.now, known.value.data, self.now + 1
             probe = Call(Get(), call.asked, call.returned, call.result)
             call.returned = None
