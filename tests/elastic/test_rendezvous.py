@@ -118,6 +118,6 @@ def test_a_job_ends_promptly_on_all_hosts_time_after_time(agents):
         codes = [process.wait(90) for process in agents.processes]
         took = time.time() - max(when for _, when in agents.steps(3))
         assert codes == [0, 0, 0], agents.log
-        assert took < 8, agents.log
+        assert took < 10, agents.log  # a replica that waits for nobody would stay for ten seconds more
         assert "Error" not in agents.log
         agents.processes.clear()
