@@ -28,6 +28,7 @@ from holdfast.elastic.register import (
     BLANK,
     Accept,
     Answer,
+    Ballot,
     Change,
     CompareSet,
     Delete,
@@ -207,16 +208,21 @@ class Replica:
 
     def _round(self, key: str, change: Change, op: Op) -> Result:
         """One ballot after the other until a majority has accepted. QuorumLost names those that do not answer."""
-        deadline = time.monotonic() + self._patience.majority_s
+        deadline, above = time.monotonic() + self._patience.majority_s, 0
         while time.monotonic() < deadline:
-            self._counter += 1  # two threads may get the same number, for different keys
-            attempt = Round(self._size, self._era(), key, (self._counter, self._voter.life), change, op)
+            attempt = Round(self._size, self._era(), key, self._next_ballot(above), change, op)
             self._run(attempt, deadline)
             if attempt.phase is Phase.DONE:
                 return attempt.result
-            self._counter = max(self._counter, attempt.outbid_by[0])
+            above = attempt.outbid_by[0]
             time.sleep(random.uniform(0.005, 0.03))
         raise QuorumLost(self._who_is_missing())
+
+    def _next_ballot(self, above: int) -> Ballot:
+        """No number is given twice in one life: two values under one ballot would break everything."""
+        with self._lock:
+            self._counter = max(self._counter, above) + 1
+            return self._counter, self._voter.life
 
     def _run(self, attempt: Round, deadline: float) -> None:
         answers: SimpleQueue[tuple[int, Answer | None]] = SimpleQueue()
@@ -315,8 +321,10 @@ class Replica:
         while not all(chosen) and len(votes) < majority(self._size) and self._size - lost >= majority(self._size):
             with suppress(Empty):
                 _, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
-                lost += answer is None or isinstance(answer.body, Forgetful | Stranger)
-                votes += [answer] if answer is not None else []
+                if answer is None or isinstance(answer.body, Forgetful | Stranger):
+                    lost += 1
+                else:
+                    votes.append(answer)
             chosen = are_chosen(self._size, [register.accepted for register in here], votes)
             if time.monotonic() > deadline:
                 break

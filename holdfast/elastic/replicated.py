@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import secrets
 import time
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from holdfast.elastic.ballots import pack, unpack
 from holdfast.elastic.endpoints import Endpoints
 from holdfast.elastic.register import Add, Append, Change, CompareSet, Delete, Op, Set
 from holdfast.elastic.replica import Patience, Replica, cause, greet
-from holdfast.errors import ClusterError, QuorumLost
+from holdfast.errors import ClusterError, ConfigError, QuorumLost
 from holdfast.snapshot.wire import Connection
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ def create(parameters: RendezvousParameters, patience: Patience | None = None) -
         logger.warning(
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE is not 1: workers share a store of the first rank-0 host, whose loss ends the job"
         )
-    read_s, join_s = parameters.get_as_int("read_timeout", 60) or 60, parameters.get_as_int("join_timeout", 600) or 600
+    read_s, join_s = (parameters.get_as_int(name, default) for name, default in (("read_timeout", 60), ("join_timeout", 600)))
+    if not read_s or not join_s or min(read_s, join_s) < 1:
+        raise ConfigError(f"--rdzv-conf: read_timeout and join_timeout have to be a second or more; got {read_s} and {join_s}")
     place = endpoints.take()
     replica = Replica(endpoints, *place, parameters.run_id, patience) if place is not None else None
     store = ReplicatedStore(Client(endpoints, parameters.run_id, max(read_s, join_s), patience), timeout_s=read_s)
@@ -214,8 +217,8 @@ class Client:
                 break
             except ClusterError as error:
                 session.close()
-                self._move_on(session.at, error, deadline)
                 attempt += 1
+                self._move_on(session.at, error, attempt, deadline)
             except BaseException:
                 session.close()
                 raise
@@ -248,8 +251,8 @@ class Client:
         results: tuple[Any, ...] = unpack(header["results"], body)
         return results
 
-    def _move_on(self, failed: int, error: ClusterError, deadline: float) -> None:
-        """Turn to the next replica. Raises QuorumLost when none of them has answered for too long."""
+    def _move_on(self, failed: int, error: ClusterError, attempt: int, deadline: float) -> None:
+        """Turn to the next replica, with growing pauses where all were asked in vain. Raises QuorumLost after the deadline."""
         if isinstance(error, _Forsaken):
             raise error
         now_s, count = time.monotonic(), len(self._trouble)
@@ -265,8 +268,8 @@ class Client:
             logger.warning("waiting for a majority of the hosts of the rendezvous. %s", plight)
         if self._at == failed:
             self._at = (failed + 1) % count
-        if failed == count - 1:
-            time.sleep(0.2)
+        if attempt % count == 0:
+            time.sleep(random.uniform(0.5, 1) * min(2.0, 0.05 * 2 ** min(10, attempt // count)))
 
 
 class _Forsaken(QuorumLost):
