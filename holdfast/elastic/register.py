@@ -43,8 +43,7 @@ SESSIONS_KEPT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """Names one operation however often it is sent. A session has one at a time, with rising numbers; so have their
-    attempts."""
+    """Names one operation however often it is sent. A session has one at a time; numbers and attempts rise."""
 
     session: str
     number: int
@@ -52,8 +51,7 @@ class Op:
 
 
 Last: TypeAlias = tuple[int, int, bool, int]
-"""The last operation of a session on a register: its number, its attempt, whether it changed anything, what it then
-returned."""
+"""The last operation of a session on a register: number, attempt, whether it changed anything, what it then returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +73,7 @@ class Set:
 
 @dataclass(frozen=True, slots=True)
 class CompareSet:
-    """As torch's TCPStore has it: an empty `expected` fits a missing key, and any other is returned where the key is
-    missing."""
+    """As TCPStore has it: an empty `expected` fits a missing key; any other is returned where the key is missing."""
 
     expected: bytes
     desired: bytes
@@ -108,8 +105,7 @@ Change: TypeAlias = Set | CompareSet | Add | Append | Delete | Get
 def apply(change: Change, value: Value, op: Op) -> tuple[Value, Result]:
     """The value after the change, and what the change returns; the same again where the operation has changed it already.
 
-    A second attempt is remembered even where it changes nothing, so that the first, which may still be under way, no longer
-    can.
+    A second attempt is remembered even where it changes nothing: the first may still be under way, and no longer can.
     """
     number, attempt, has_changed, returned = value.applied.get(op.session, (-1, 0, False, 0))
     if (number, has_changed or attempt > op.attempt) >= (op.number, True):
@@ -285,8 +281,7 @@ Body: TypeAlias = Promise | Accepted | Refused | Seen | Listed | Forgetful | Str
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`births`: for each replica the latest life that the sender knows of, itself included. The era is empty while it has
-    none."""
+    """`births`: for each replica the latest life that the sender knows of, its own included. `era` is empty before it votes."""
 
     sender: int
     era: str
@@ -325,8 +320,7 @@ BLANK = Register()
 
 
 class Standing(Enum):
-    """FORGETFUL: has not voted in this life, and asks the others what it must know · VOTING: knows all that it ever
-    promised."""
+    """FORGETFUL: has not voted in this life, and asks what it must know · VOTING: knows all that it ever promised."""
 
     FORGETFUL = "forgetful"
     VOTING = "voting"
@@ -492,8 +486,7 @@ class Phase(Enum):
 
 
 class Round:
-    """One attempt at changing one register under one ballot. Send `begin()` to all, feed each answer, send all what `hear`
-    returns.
+    """One attempt at changing one register under one ballot. Send `begin()` to all, feed answers, send all what `hear` returns.
 
     Whatever becomes of an attempt, its change may still be found applied by a later one, and is then not applied again.
     """
