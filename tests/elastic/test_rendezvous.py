@@ -99,7 +99,7 @@ def agents(tmp_path) -> Iterator[Agents]:
 
 
 def test_agents_go_on_without_the_first_listed_host(agents):
-    agents.start(3, steps=30)
+    agents.start(3, steps=15)
     deadline = time.monotonic() + 90
     while sum(step >= 2 for step, _ in agents.steps(3)) < 3:
         assert time.monotonic() < deadline, agents.log
@@ -108,7 +108,7 @@ def test_agents_go_on_without_the_first_listed_host(agents):
     agents.lose(lost)
     for process in agents.processes:
         assert (process.wait(90) == 0) == (process is not lost), agents.log
-    assert {step for step, _ in agents.steps(2)} == set(range(30))
+    assert {step for step, _ in agents.steps(2)} == set(range(15))
 
 
 @pytest.mark.campaign
