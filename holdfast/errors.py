@@ -96,6 +96,10 @@ class StaleEpoch(ClusterError):
     """A message from an older membership: its sender has been replaced and must stop."""
 
 
+class QuorumLost(ClusterError):
+    """Fewer replicas of the rendezvous answer than are needed to be sure of anything."""
+
+
 class SnapshotLost(ClusterError):
     """More was lost than the redundancy covers, and no checkpoint is left to fall back to."""
 
