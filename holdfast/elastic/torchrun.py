@@ -5,7 +5,7 @@ addresses of their predecessors and fail with "connection refused" until all res
 of `torchrun.handlers` when they start; loading this module turns the sharing off, so that each attempt gets a store of its own.
 
 `--rdzv-backend holdfast` is c10d's rendezvous on one endpoint, and one that survives the loss of any of its hosts on several
-(`replicated.py`).
+(`rendezvous/`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def rendezvous_handler() -> Any:
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-        from holdfast.elastic import replicated
+        from holdfast.elastic.rendezvous import replicated
 
         if "," in (parameters.endpoint or ""):
             return replicated.create(parameters)

@@ -18,6 +18,9 @@ from holdfast.snapshot.wire import Connection, Handler, Header
 
 logger = logging.getLogger(__name__)
 
+FLEETING = frozenset({"pulses"})
+"""Verbs that say how things are now: one that is lost is made up for by the next, and worth nothing later."""
+
 PAUSE_S = (0.05, 2.0)
 """Between two attempts to reach a node, from the first to the longest; they double."""
 
@@ -69,7 +72,7 @@ class Outbox:
                 if not is_said:
                     logger.warning("node %d cannot reach node %d: %s", self._node, self._member.node, error)
                 is_said = True
-            if self._closed.wait(pause_s):
+            if message["verb"] in FLEETING or self._closed.wait(pause_s):
                 return
             pause_s = min(max(2 * pause_s, PAUSE_S[0]), PAUSE_S[1])
 

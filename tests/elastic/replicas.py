@@ -6,8 +6,8 @@ import json
 import sys
 import threading
 
-from holdfast.elastic.endpoints import Endpoints, _listen
-from holdfast.elastic.replica import Patience, Replica
+from holdfast.elastic.rendezvous.endpoints import Endpoints, _listen
+from holdfast.elastic.rendezvous.replica import Patience, Replica
 
 endpoints, number = Endpoints.parse(sys.argv[1]), int(sys.argv[3])
 listener = _listen(endpoints.addresses[number][1])

@@ -23,7 +23,7 @@ STEPS = 60
 
 
 class Cluster:
-    """The small job under one torchrun for each host, which meet at the first host's."""
+    """The small job under one torchrun for each host, which meet at the first three hosts."""
 
     def __init__(self, place: Path, hosts: int) -> None:
         self.network = Network(place, hosts)
@@ -37,7 +37,8 @@ class Cluster:
 
     def start(self, on: list[Host], *, nodes: str, spares: str = "", steps: int = STEPS, **env: str) -> None:
         self._env |= env
-        meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=host0:29400", "--rdzv-id=job"]
+        listed = ",".join(f"host{number}:29400" for number in range(3))
+        meeting = [f"--nnodes={nodes}", "--rdzv-backend=holdfast", f"--rdzv-endpoint={listed}", "--rdzv-id=job"]
         launcher = ["-m", "holdfast.elastic.run", "--spares", spares] if spares else []
         script = [str(SCRIPT), "--out", str(self.out), "--steps", str(steps), "--pace", "0.1", "--progress"]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=3"]
@@ -114,6 +115,19 @@ def test_a_host_that_loses_its_power_is_left_behind_and_its_memory_rebuilt(clust
     assert (recovery(result)["rung"], recovery(result)["kind"]) == ("parity", "node")
     assert recovery(result)["step"] >= 5
     assert re.search(r"lease lost: ranks 2, 3|the launcher of rank [23] is gone", result.log), result.log
+
+
+@pytest.mark.parametrize("spares", ["", "ready"])
+def test_the_first_host_is_a_host_like_any_other(cluster, references, spares):
+    """It has rank 0, the board, the keeper that leads, and what used to be torchrun's only store."""
+    first, second, third, fresh = cluster.hosts
+    cluster.start([first, second, third], nodes="3", spares=spares)
+    cluster.reach_step(2, 10, committed=5)
+    cluster.lose(first)
+    cluster.join(fresh)
+    result = cluster.result()
+    assert recovery(result)["rung"] == "parity"
+    result.assert_equals(references.of("fsdp", 6, STEPS))
 
 
 @pytest.mark.parametrize("spares", ["", "ready"])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from holdfast.elastic.register import (
+from holdfast.elastic.rendezvous.register import (
     NO_BALLOT,
     NOTHING,
     SESSIONS_KEPT,

@@ -24,11 +24,11 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.utils.store import barrier
 
-from holdfast.elastic.ballots import pack, unpack
-from holdfast.elastic.endpoints import Endpoints, _listen
-from holdfast.elastic.register import Answer, Memory, Register, Value
-from holdfast.elastic.replica import Patience, Replica
-from holdfast.elastic.replicated import Client, ReplicatedStore
+from holdfast.elastic.rendezvous.ballots import pack, unpack
+from holdfast.elastic.rendezvous.endpoints import Endpoints, _listen
+from holdfast.elastic.rendezvous.register import Answer, Memory, Register, Value
+from holdfast.elastic.rendezvous.replica import Patience, Replica
+from holdfast.elastic.rendezvous.replicated import Client, ReplicatedStore
 from holdfast.elastic.torchrun import rendezvous_handler
 from holdfast.errors import ClusterError, ConfigError
 

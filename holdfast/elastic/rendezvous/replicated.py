@@ -23,10 +23,10 @@ from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousIn
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
 
-from holdfast.elastic.ballots import pack, unpack
-from holdfast.elastic.endpoints import Endpoints
-from holdfast.elastic.register import Add, Append, Change, CompareSet, Delete, Op, Set
-from holdfast.elastic.replica import Patience, Replica, cause, greet
+from holdfast.elastic.rendezvous.ballots import pack, unpack
+from holdfast.elastic.rendezvous.endpoints import Endpoints
+from holdfast.elastic.rendezvous.register import Add, Append, Change, CompareSet, Delete, Op, Set
+from holdfast.elastic.rendezvous.replica import Patience, Replica, cause, greet
 from holdfast.errors import ClusterError, ConfigError, QuorumLost
 from holdfast.snapshot.wire import Connection
 

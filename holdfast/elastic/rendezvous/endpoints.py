@@ -93,10 +93,6 @@ def _listen(port: int) -> socket.socket | None:
     """All addresses of this machine: a host's own name may lead to a loopback address, by which no other would find it."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Inherited by every connection: what a dead host has left open is closed within seconds.
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, seconds in ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3)):
-        listener.setsockopt(socket.IPPROTO_TCP, option, seconds)
     try:
         listener.bind(("", port))
         listener.listen(4096)

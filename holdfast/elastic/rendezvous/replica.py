@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from holdfast.elastic.ballots import pack, unpack
-from holdfast.elastic.endpoints import Endpoints
-from holdfast.elastic.register import (
+from holdfast.elastic.rendezvous.ballots import pack, unpack
+from holdfast.elastic.rendezvous.endpoints import Endpoints
+from holdfast.elastic.rendezvous.register import (
     BLANK,
     Accept,
     Answer,

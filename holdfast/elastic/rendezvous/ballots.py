@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from holdfast.elastic import register
+from holdfast.elastic.rendezvous import register
 from holdfast.errors import ClusterError
 
 _NAMED: dict[str, type] = {
