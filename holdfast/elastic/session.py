@@ -523,8 +523,8 @@ class Run:
             time.sleep(0.005)
             if self._lifeline is not None and self._lifeline.is_lost:
                 raise KeeperUnreachable(f"its memory {link.memory} is gone with it")
-            if self._sentry is not None and self._sentry.verdicts:
-                raise ClusterError(f"while the run was being completed: {'; '.join(map(str, self._sentry.verdicts.values()))}")
+            if self._sentry is not None and self._sentry.lost:
+                raise ClusterError(f"while the run was being completed: {'; '.join(map(str, self._sentry.lost))}")
             if time.monotonic() > deadline:
                 logger.error("step %d was not committed within %.0f s; leaving without it", self.step, LEAVING_TIMEOUT_S)
                 return

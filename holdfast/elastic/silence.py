@@ -32,6 +32,8 @@ AT_MOST = 0.005
 RETRANSMITS, PROBES = 6, 3
 """So often in a row has the kernel sent the same bytes (12.6 s at least, it waits twice as long each time), or asked."""
 
+SHUT = "connections to it are closed"
+
 _TCP_INFO = struct.Struct("=2x2B52xI")  # linux/tcp.h: tcpi_retransmits, tcpi_probes, …, tcpi_last_ack_recv (ms)
 
 
@@ -56,8 +58,7 @@ class Sentry:
     def __init__(self, keep: Callable[[Verdict], None]) -> None:
         self._keep = keep
         self._ranks: dict[str, list[int]] = {}
-        self.verdicts: dict[str, Verdict] = {}
-        """By the address of the host."""
+        self._verdicts: dict[str, Verdict] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="holdfast-sentry", daemon=True)
         self._thread.start()
@@ -68,6 +69,11 @@ class Sentry:
         for member in members:
             ranks.setdefault(member.address, []).extend(member.ranks)
         self._ranks = ranks
+
+    @property
+    def lost(self) -> list[Verdict]:
+        """What was said of hosts that ranks run on."""
+        return [verdict for verdict in self._verdicts.values() if verdict.guilty]
 
     def close(self) -> None:
         self._closed.set()
@@ -85,13 +91,15 @@ class Sentry:
             took_s = time.monotonic() - started
 
     def _judge(self, address: str) -> None:
-        if address in self.verdicts:
+        if address in self._verdicts:
             return
-        silent = f"host {address} has acknowledged nothing for {SILENT_S:.0f} s: it is lost or cut off"
-        verdict = Verdict(
-            Trouble.LEASE, tuple(sorted(self._ranks.get(address, ()))), 0.9, (silent, "connections to it are closed")
-        )
-        self.verdicts[address] = verdict
+        silent = f"host {address} has acknowledged nothing for {SILENT_S:.0f} s"
+        ranks = tuple(sorted(self._ranks.get(address, ())))
+        if ranks:
+            verdict = Verdict(Trouble.LEASE, ranks, 0.9, (f"{silent}: it is lost or cut off", SHUT))
+        else:  # another interface of a rank's host, or a server of the user's own
+            verdict = Verdict(Trouble.LINK, (), 0.5, (f"{silent}; no rank's keeper is known to listen there", SHUT))
+        self._verdicts[address] = verdict
         announce(verdict)
         self._keep(verdict)
 

@@ -9,8 +9,10 @@ from contextlib import suppress
 import pytest
 
 from holdfast.elastic import silence
-from holdfast.elastic.silence import Wait, connections, wait_of
+from holdfast.elastic.silence import Sentry, Wait, connections, wait_of
 from holdfast.snapshot import wire
+from holdfast.snapshot.verdicts import Trouble, Verdict
+from holdfast.snapshot.view import Member
 from holdfast.snapshot.wire import keep_alive
 
 HERE, THERE = "127.0.0.1", "127.0.0.2"  # on Linux, all of 127/8 is this host
@@ -64,3 +66,20 @@ def test_a_peer_that_reads_nothing_is_not_silent(pair, monkeypatch):
     wait = wait_of(ours)
     assert wait.unheard_s > 0
     assert not wait.is_in_vain
+
+
+@pytest.mark.parametrize(("ranks", "trouble"), [((2, 3), Trouble.LEASE), ((), Trouble.LINK)])
+def test_a_silent_host_is_named_by_its_ranks_and_a_server_of_the_users_own_ends_no_run(pair, monkeypatch, ranks, trouble):
+    monkeypatch.setattr(silence, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(silence, "wait_of", lambda _: Wait(6, 0, 20.0))
+    kept: list[Verdict] = []
+    sentry = Sentry(kept.append)
+    sentry.know(
+        [Member(node, "host", address, 1, "token", "/dev/shm", ranks, "") for node, address in enumerate((HERE, THERE))]
+    )
+    try:
+        assert [sock.recv(1) for sock in pair] == [b"", b""], "it is shut"
+    finally:
+        sentry.close()
+    assert {(verdict.trouble, verdict.guilty) for verdict in kept} == {(trouble, ranks)}
+    assert sentry.lost == (kept if ranks else [])
