@@ -108,9 +108,14 @@ class Heart:
         line: Connection | None = None
         while True:
             left = self._closed.wait(every_s)
+            last = self._pulse(left) if left else None
+            if left:
+                # Whoever still has the run must not keep gloo's threads alive: one that is busy when Python ends aborts the
+                # process. Before a keeper is asked, which may be slow to answer.
+                self._groups = {}
             try:
                 line = line or connect(self._memory, timeout_s=10)
-                answer = line.ask("pulse", said=asdict(self._pulse(left)), heard=self._heard, **self._who())
+                answer = line.ask("pulse", said=asdict(last or self._pulse(left)), heard=self._heard, **self._who())
             except KeeperUnreachable:  # the lifeline says so, and has it started again
                 line = None
             except (HoldfastError, OSError) as error:
@@ -121,7 +126,6 @@ class Heart:
                 self._hear(answer["verdicts"])
             if left:
                 break
-        # Whoever still has the run must not keep gloo's threads alive: one that is busy when Python ends aborts the process.
         self._groups = {}
         if line is not None:
             line.close()

@@ -113,11 +113,20 @@ def connections() -> Iterator[tuple[socket.socket, str]]:
         with suppress(OSError):
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
                 continue
-            with socket.socket(fileno=os.dup(int(name))) as sock:
+            with _taken(os.dup(int(name))) as sock:
                 if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.type == socket.SOCK_STREAM:
                     theirs, ours = sock.getpeername()[0], sock.getsockname()[0]  # fails for one that listens: it is left alone
                     if theirs != ours:
                         yield sock, theirs.removeprefix("::ffff:")
+
+
+def _taken(fd: int) -> socket.socket:
+    """The socket that a descriptor is; where it is none by now, the descriptor is closed."""
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
 
 
 def wait_of(sock: socket.socket) -> Wait:

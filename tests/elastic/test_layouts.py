@@ -53,7 +53,7 @@ def test_a_node_lost_with_its_memory_is_rebuilt_under_any_layout(job, mesh, rank
     assert {facts["recovery"]["rung"] for facts in died.facts} == {"parity"}
 
 
-@pytest.mark.parametrize(("mesh", "ranks"), [("pp=2", 2), *campaign([("pp=2,dp=2", 4), ("ep=2", 2), ("fsdp=2,tp=2", 4)])])
+@pytest.mark.parametrize(("mesh", "ranks"), campaign([("pp=2", 2), ("pp=2,dp=2", 4), ("ep=2", 2), ("fsdp=2,tp=2", 4)]))
 def test_a_rank_is_replaced_in_place_under_any_layout(job, mesh, ranks):
     """The schedule of a pipeline in the survivors has run before, that of the spare has not."""
     shape = ("--mesh", mesh, "--steps", "30")
